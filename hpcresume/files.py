@@ -1,0 +1,152 @@
+"""Durable files: the one place that creates, replaces and reads the small files of a run.
+
+What is promised: after `write_durably` returns, the new content survives a power loss, and at no
+time does a reader see half of it. What cannot be promised: a file system that lies about fsync.
+An fsync that failed is never repeated on the same descriptor (a second one may report success
+although the pages are gone); the error goes to the caller and the temporary file is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the entries of a directory (creations, renames) survive a power loss."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write every byte: a write may be short where a quota or a signal cuts it."""
+    view = memoryview(data)
+    while view.nbytes:
+        view = view[os.write(fd, view) :]
+
+
+def write_new(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Create a file that must not exist yet, and fsync it (the directory is the caller's)."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        write_all(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_durably(path: Path, data: bytes, mode: int = 0o600, *, sync: bool = True) -> None:
+    """Create or replace a file in one step.
+
+    `sync=False` leaves out the fsyncs: for live progress, which may be lost but never torn.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        try:
+            write_all(fd, data)
+            if sync:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if sync:
+        fsync_dir(path.parent)
+
+
+def to_json(value: Any, *, indent: int | None = None) -> bytes:
+    """Canonical JSON: the same value gives the same bytes in every process."""
+    separators = (",", ":") if indent is None else (",", ": ")
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators)
+    return text.encode() + b"\n"
+
+
+def write_json(path: Path, value: Any, *, sync: bool = True, indent: int | None = 2) -> None:
+    """Replace a JSON file in one step; see `write_durably`."""
+    write_durably(path, to_json(value, indent=indent), sync=sync)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises OSError, or ValueError where the text is not JSON."""
+    return json.loads(path.read_bytes())
+
+
+def read_json_or_none(path: Path) -> Any:
+    """The value in a JSON file, or None where it is missing, unreadable or no JSON."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+class LineWriter:
+    """Appends JSON lines to a file that has this one writer.
+
+    A line is one `write`, so that a reader sees it whole or not at all but for the last line of a
+    killed writer, which `read_lines` passes over. An append after such a torn line starts afresh.
+    """
+
+    def __init__(self, path: Path, mode: int = 0o600) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, mode)
+        size = os.fstat(self._fd).st_size
+        if size and os.pread(self._fd, 1, size - 1) != b"\n":
+            write_all(self._fd, b"\n")
+
+    def append(self, *records: Any, sync: bool = False) -> None:
+        """Append one line for each record; with `sync` they survive a power loss on return."""
+        write_all(self._fd, b"".join(to_json(record) for record in records))
+        if sync:
+            os.fsync(self._fd)
+
+    def sync(self) -> None:
+        """Make all lines so far survive a power loss."""
+        os.fsync(self._fd)
+
+    def size_bytes(self) -> int:
+        """Length of the file now."""
+        return os.fstat(self._fd).st_size
+
+    def close(self) -> None:
+        """Give the descriptor back; a second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def read_lines(path: Path, limit_bytes: int | None = None) -> Iterator[Any]:
+    """The JSON values of a line file, in order; a torn or foreign line is passed over.
+
+    `limit_bytes` reads only that much from the start. A missing file has no lines.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read() if limit_bytes is None else file.read(limit_bytes)
+    except FileNotFoundError:
+        return
+    for line in data.split(b"\n"):
+        if line:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def size_or_zero(path: Path) -> int:
+    """Length of a file in bytes, 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,163 @@
+"""The journals of a run: what happened, in records that only their own link appends.
+
+A link has two journals because a journal has one writer: the supervisor's and rank 0's. Readers
+merge them along the chain; of a link that a newer one has followed, only as much is read as the
+newer claim adopted. What a fenced link writes later is therefore never read.
+
+A record is `{v, t, kind, link, job, …}`; `t` is Unix seconds, durations are seconds from a
+monotonic clock. Kinds: submitted claimed queued started restored saved save_failed quarantined
+stop_asked ended decided changed completed cancelled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpcresume import files
+from hpcresume.run_dir import RunDir
+
+VERSION = 1
+Record = dict[str, Any]
+
+
+class Journal:
+    """Appends the records of one writer."""
+
+    def __init__(self, path: Path, *, link: int, job: str | None) -> None:
+        self._lines = files.LineWriter(path)
+        self._common = {"link": link, "job": job}
+
+    def write(self, kind: str, **fields: Any) -> Record:
+        """Append a record; it survives a power loss on return."""
+        record = {"v": VERSION, "t": round(time.time(), 3), "kind": kind, **self._common, **fields}
+        self._lines.append(record, sync=True)
+        return record
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._lines.close()
+
+
+@dataclass(frozen=True)
+class LinkRecords:
+    """One link as its readers see it."""
+
+    number: int
+    claim: Mapping[str, Any]
+    records: list[Record] = field(default_factory=list)
+
+    def last(self, kind: str) -> Record | None:
+        """The newest record of a kind."""
+        return next((r for r in reversed(self.records) if r.get("kind") == kind), None)
+
+    def all(self, *kinds: str) -> list[Record]:
+        """The records of some kinds, in order."""
+        return [r for r in self.records if r.get("kind") in kinds]
+
+
+def read_submissions(run: RunDir) -> list[Record]:
+    """What `submit`, `resume` and `cancel` recorded."""
+    return [r for r in files.read_lines(run.submissions) if _is_record(r)]
+
+
+def read_link(run: RunDir, number: int) -> LinkRecords:
+    """One link's records, as far as the chain has adopted them."""
+    successor = files.read_json_or_none(run.link(number + 1).claim) or {}
+    return _read(run, number, successor.get("adopted"))
+
+
+def read_chain(run: RunDir) -> list[LinkRecords]:
+    """All links, in order."""
+    numbers = run.link_numbers()
+    claims = {n: files.read_json_or_none(run.link(n).claim) or {} for n in numbers}
+    return [_read(run, n, claims.get(n + 1, {}).get("adopted"), claims[n]) for n in numbers]
+
+
+def _read(
+    run: RunDir,
+    number: int,
+    adopted: Mapping[str, Any] | None,
+    claim: Mapping[str, Any] | None = None,
+) -> LinkRecords:
+    link = run.link(number)
+    limits = adopted or {}
+    records: list[Record] = []
+    for path, limit in (
+        (link.journal, limits.get("journal")),
+        (link.training, limits.get("training")),
+    ):
+        records += [r for r in files.read_lines(path, limit) if _is_record(r)]
+    # Both writers share a host and so a clock; the sort is stable within each.
+    records.sort(key=lambda record: float(record["t"]))
+    content = claim if claim is not None else files.read_json_or_none(link.claim) or {}
+    return LinkRecords(number, content, records)
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("t"), (int, float)) and "kind" in value
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the training that stands: link `link` up to and including step `upto_step`."""
+
+    link: int
+    upto_step: int
+    metrics_bytes: int
+    """How much of that link's metric log belongs to it."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Which work of which links the newest link has built upon.
+
+    Every checkpoint carries its lineage; a link that restores one adopts it. A commit of an
+    earlier link beyond its segment (a fenced link that woke up) is on no lineage.
+    """
+
+    segments: tuple[Segment, ...] = ()
+    link: int = 0
+    """The link that adopted the segments."""
+
+    def holds(self, link: int, step: int) -> bool:
+        """Whether a checkpoint of that link and step is part of the run."""
+        if link >= self.link:
+            return True
+        return any(s.link == link and step <= s.upto_step for s in self.segments)
+
+    def extended(self, link: int, step: int, metrics_bytes: int) -> tuple[Segment, ...]:
+        """The segments with this link's own stretch at the end, up to `step`."""
+        return (*self.segments, Segment(link, step, metrics_bytes))
+
+
+def segments_to_json(segments: tuple[Segment, ...]) -> list[list[int]]:
+    """As they stand in checkpoints and records: [link, upto_step, metrics_bytes]."""
+    return [[s.link, s.upto_step, s.metrics_bytes] for s in segments]
+
+
+def segments_from_json(value: Any) -> tuple[Segment, ...]:
+    """The reverse of `segments_to_json`. Raises ValueError or TypeError on anything else."""
+    return tuple(Segment(int(a), int(b), int(c)) for a, b, c in value)
+
+
+def lineage(run: RunDir, chain: list[LinkRecords] | None = None) -> Lineage:
+    """What the newest link that has restored (or begun afresh) builds upon."""
+    links = chain if chain is not None else read_chain(run)
+    for link in reversed(links):
+        record = link.last("restored")
+        if record is not None:
+            return Lineage(segments_from_json(record.get("segments", [])), link.number)
+    return Lineage()
+
+
+def read_metrics(run: RunDir, over: Lineage | None = None) -> Iterator[Record]:
+    """The metric log of the run, each step once, in order."""
+    over = lineage(run) if over is None else over
+    for segment in over.segments:
+        yield from files.read_lines(run.link(segment.link).metrics, segment.metrics_bytes)
+    if over.link:
+        yield from files.read_lines(run.link(over.link).metrics)

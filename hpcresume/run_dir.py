@@ -1,0 +1,346 @@
+"""The directory of a run: `RunDir` names every file in it; nobody else joins path strings.
+
+run.yaml                 the resolved configuration, frozen at submit
+run.json                 identity: name, id, when and where it was made, code and versions
+environment              the environment for nested submissions (0600, never shown)
+script.sbatch, .json     a user's own batch script and its job's real options, where there is one
+code/                    the code at submit
+submissions.jsonl        what `submit`, `resume` and `cancel` did
+trainer_state.json       the newest checkpoint's state plus live progress
+checkpoint-1000/         committed checkpoints
+links/0007/              the claim of link 7, its journals, metrics and logs
+jobs/                    batch scripts, job output; the local driver's queue
+final_model/             after completion
+train.log                the log of all links, for tail -F
+STOP, CANCEL             requests, made by creating the file
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcresume import files
+from hpcresume.config import RunConfig, dump
+from hpcresume.errors import HpcResumeError, NotFound
+
+_LINK = re.compile(r"\d{4,}")
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class LinkDir:
+    """The directory of one link. Only that link writes here."""
+
+    path: Path
+
+    @property
+    def number(self) -> int:
+        """1, 2, 3…; also the fencing token."""
+        return int(self.path.name)
+
+    @property
+    def claim(self) -> Path:
+        """Who claimed it, and how much of the link before it is adopted."""
+        return self.path / "claim.json"
+
+    @property
+    def journal(self) -> Path:
+        """The supervisor's records."""
+        return self.path / "journal.jsonl"
+
+    @property
+    def training(self) -> Path:
+        """Rank 0's records: a second journal, because a journal has one writer."""
+        return self.path / "training.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """What the training function logged, a line a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def supervisor_log(self) -> Path:
+        """What the supervisor did, at DEBUG."""
+        return self.path / "supervisor.log"
+
+    @property
+    def deadline(self) -> Path:
+        """The end of the job as the supervisor last read it, for the ranks' clocks."""
+        return self.path / "deadline.json"
+
+    @property
+    def stop(self) -> Path:
+        """Tells the ranks of this link to save and leave; the text says why."""
+        return self.path / "STOP"
+
+    def rank_log(self, rank: int | str) -> Path:
+        """Everything that a rank prints. `%t` gives srun's pattern."""
+        return self.path / f"rank-{rank}.log"
+
+    def rank_failure(self, rank: int) -> Path:
+        """The exception that ended a rank."""
+        return self.path / f"rank-{rank}.failure.json"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run, by its directory (absolute)."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name: its directory's."""
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        """The frozen configuration; every link reads only this."""
+        return self.path / "run.yaml"
+
+    @property
+    def identity(self) -> Path:
+        """Id of the run, project directory, versions of code and packages."""
+        return self.path / "run.json"
+
+    @property
+    def environment(self) -> Path:
+        """The environment for nested submissions."""
+        return self.path / "environment"
+
+    @property
+    def script(self) -> Path:
+        """The batch script of a run that was started by sbatch."""
+        return self.path / "script.sbatch"
+
+    @property
+    def script_options(self) -> Path:
+        """The real sbatch options of that first job."""
+        return self.path / "script.json"
+
+    @property
+    def code(self) -> Path:
+        """The code as it was at submit."""
+        return self.path / "code"
+
+    @property
+    def submissions(self) -> Path:
+        """Records of `submit`, `resume` and `cancel`."""
+        return self.path / "submissions.jsonl"
+
+    @property
+    def trainer_state(self) -> Path:
+        """Progress for people and tools; a copy, the checkpoint wins."""
+        return self.path / "trainer_state.json"
+
+    @property
+    def links(self) -> Path:
+        """The chain."""
+        return self.path / "links"
+
+    @property
+    def jobs(self) -> Path:
+        """Batch scripts and job output; the local driver's queue."""
+        return self.path / "jobs"
+
+    @property
+    def driver(self) -> Path:
+        """The local driver that serves this run's jobs: pid, start, host."""
+        return self.jobs / "driver.json"
+
+    @property
+    def driver_log(self) -> Path:
+        """Output of a detached local driver."""
+        return self.jobs / "driver.log"
+
+    @property
+    def job_log(self) -> Path:
+        """Pattern of a job's own output (%j: job id)."""
+        return self.jobs / "%j.log"
+
+    @property
+    def final_model(self) -> Path:
+        """The finished model."""
+        return self.path / "final_model"
+
+    @property
+    def train_log(self) -> Path:
+        """The log of all links in one file."""
+        return self.path / "train.log"
+
+    @property
+    def stop(self) -> Path:
+        """Request: save, then let the chain rest."""
+        return self.path / "STOP"
+
+    @property
+    def cancel(self) -> Path:
+        """Request: end the chain."""
+        return self.path / "CANCEL"
+
+    def checkpoint(self, step: int) -> Path:
+        """The committed checkpoint of a step."""
+        return self.path / f"checkpoint-{step}"
+
+    def partial(self, name: str) -> Path:
+        """A directory that is being written; never the same name twice."""
+        return self.path / f".{name}.{os.getpid()}.{secrets.token_hex(4)}.partial"
+
+    def quarantined(self, step: int) -> Path:
+        """Where a damaged or off-lineage checkpoint is put: no `checkpoint-*` pattern matches."""
+        return self.path / f"quarantined-{step}.{secrets.token_hex(4)}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps that have a directory, ascending. Whether it is a checkpoint, the store says."""
+        found = []
+        for entry in os.scandir(self.path):
+            match = _CHECKPOINT.fullmatch(entry.name)
+            if match and entry.is_dir(follow_symlinks=False):
+                found.append(int(match[1]))
+        return sorted(found)
+
+    def link(self, number: int) -> LinkDir:
+        """The directory of a link, claimed or not."""
+        return LinkDir(self.links / f"{number:04d}")
+
+    def link_numbers(self) -> list[int]:
+        """Numbers of the claimed links, ascending."""
+        try:
+            entries = os.listdir(self.links)
+        except FileNotFoundError:
+            return []
+        return sorted(int(entry) for entry in entries if _LINK.fullmatch(entry))
+
+    def newest_link(self) -> int:
+        """The number that alone may change the run; 0 before the first claim."""
+        return max(self.link_numbers(), default=0)
+
+    def claim_link(self, claim: Mapping[str, object]) -> LinkDir:
+        """Become the newest link, with the claim's content in place from the first moment.
+
+        The directory is prepared under a private name and renamed: rename(2) refuses a target
+        that is not empty, so that exactly one claimant gets a number. The content says how much
+        of the journals of the link before is adopted.
+        """
+        while True:
+            before = self.newest_link()
+            target = self.link(before + 1)
+            private = self.links / f".claim.{os.getpid()}.{secrets.token_hex(4)}"
+            private.mkdir(mode=0o700)
+            content = dict(claim, link=target.number, adopted=self._sizes(before))
+            files.write_new(private / target.claim.name, files.to_json(content, indent=2))
+            files.fsync_dir(private)
+            try:
+                os.rename(private, target.path)
+            except OSError:
+                shutil.rmtree(private)
+                if not target.path.exists():
+                    raise
+                continue
+            files.fsync_dir(self.links)
+            return target
+
+    def _sizes(self, number: int) -> dict[str, int]:
+        link = self.link(number)
+        return {
+            "link": number,
+            "journal": files.size_or_zero(link.journal),
+            "training": files.size_or_zero(link.training),
+        }
+
+    def create(self, config: RunConfig, *, project: Path, versions: Mapping[str, str]) -> None:
+        """Make the directory, private to the user, with its frozen configuration and identity.
+
+        Prepared under a private name and renamed, so that no half-made run is ever seen. Raises
+        FileExistsError if it is there already.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        private = RunDir(self.path.with_name(f".{self.name}.{secrets.token_hex(4)}.new"))
+        for folder in (private.path, private.links, private.jobs):
+            folder.mkdir(mode=0o700)
+        identity = {
+            "id": secrets.token_hex(6),
+            "name": self.name,
+            "project": str(project),
+            "created": round(time.time(), 3),
+            "host": socket.gethostname(),
+            "versions": dict(versions),
+        }
+        try:
+            files.write_json(private.identity, identity)
+            files.write_durably(private.config, dump(config).encode())
+            try:
+                os.rename(private.path, self.path)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise FileExistsError(str(self.path)) from None
+                raise
+        except BaseException:
+            shutil.rmtree(private.path, ignore_errors=True)
+            raise
+        files.fsync_dir(self.path.parent)
+
+    def identify(self) -> dict[str, Any]:
+        """The content of run.json. Raises NotFound where it is no run of this format."""
+        content = files.read_json_or_none(self.identity)
+        if not isinstance(content, dict) or "id" not in content:
+            raise NotFound(f"{self.path} is not a run directory: its run.json is missing or torn.")
+        return content
+
+    def check_private(self) -> None:
+        """Refuse a directory that others can write to: what is frozen in it gets executed."""
+        status = self.path.stat()
+        if status.st_uid not in (os.getuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise HpcResumeError(
+                f"{self.path} belongs to another user or is writable by others, and its code "
+                f"would be executed: make it yours and run `chmod go-w {self.path}`."
+            )
+
+
+def runs_root(option: str | None, environ: Mapping[str, str]) -> Path:
+    """Where runs lie: --runs, else $HPCRESUME_RUNS, else ./runs."""
+    return Path(option or environ.get("HPCRESUME_RUNS") or "runs").absolute()
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is a run."""
+    return (path / "run.yaml").is_file()
+
+
+def all_runs(root: Path) -> list[RunDir]:
+    """The runs below a root, newest first by their newest sign of life."""
+    try:
+        found = [RunDir(Path(entry.path)) for entry in os.scandir(root) if entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    runs = [run for run in found if is_run(run.path)]
+    return sorted(runs, key=_touched, reverse=True)
+
+
+def _touched(run: RunDir) -> tuple[float, str]:
+    times = [
+        path.stat().st_mtime
+        for path in (run.trainer_state, run.submissions, run.links)
+        if path.exists()
+    ]
+    return max(times, default=0.0), run.name
+
+
+def find_run(text: str, root: Path) -> RunDir:
+    """The run that a path or a name means. Raises NotFound, with the names that there are."""
+    for candidate in (Path(text), root / text):
+        if is_run(candidate):
+            return RunDir(candidate.absolute())
+    known = ", ".join(run.name for run in all_runs(root)[:8]) or "none"
+    raise NotFound(f"No run '{text}', neither as a directory nor in {root} (runs there: {known}).")
