@@ -1,0 +1,165 @@
+"""What a training function registered, as the files of a checkpoint and back.
+
+A module's or optimizer's tensors go to `<name>.safetensors`, what is not a tensor to state.json; a
+JSON value to `<name>.json`; a tokenizer writes its own files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpcresume import files
+from hpcresume.checkpoint import reader, writer
+from hpcresume.checkpoint.manifest import Committed, FileEntry
+from hpcresume.checkpoint.tensors import Split, join, plain_state, split
+from hpcresume.errors import CheckpointError, UsageError
+
+STATE = "state.json"
+RNG = "rng.json"
+_RESERVED = frozenset({"state", "rng", "manifest", "trainer_state", "training_args"})
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,60}")
+#: transformers wants to know for which framework a file was written.
+_METADATA = {"format": "pt"}
+
+
+class Contents:
+    """The registered objects of a session, by name."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, Any] = {}
+
+    def add(self, name: str, value: Any) -> None:
+        """Register an object. Raises UsageError for a name or a thing that cannot be saved."""
+        if not _NAME.fullmatch(name) or name in _RESERVED:
+            raise UsageError(f"'{name}' cannot be registered: choose another name.")
+        if name in self._objects:
+            raise UsageError(f"'{name}' is registered already.")
+        if not (_is_stateful(value) or _is_tokenizer(value) or _is_json(value)):
+            raise UsageError(
+                f"'{name}' cannot be registered: a {type(value).__name__} has no state_dict() and "
+                f"load_state_dict(), is no tokenizer and no JSON value."
+            )
+        self._objects[name] = value
+
+    def names(self) -> list[str]:
+        """What is registered, in order."""
+        return list(self._objects)
+
+    def payload_bytes(self) -> int:
+        """Size of the tensors that a save would write now."""
+        total = 0
+        for name, value in self._objects.items():
+            if _is_stateful(value):
+                tensors = _take(name, value).tensors.values()
+                total += sum(t.numel() * t.element_size() for t in tensors)
+        return total
+
+    def write(
+        self, directory: Path, progress: Mapping[str, Any], rng: Sequence[Any]
+    ) -> list[FileEntry]:
+        """Write everything into an empty directory, fsynced. Raises OSError."""
+        entries: list[FileEntry] = []
+        objects: dict[str, Any] = {}
+        for name, value in self._objects.items():
+            if _is_stateful(value):
+                state = _take(name, value)
+                objects[name] = {"tree": state.tree, "aliases": state.aliases}
+                if state.tensors:
+                    path = directory / f"{name}.safetensors"
+                    entries.append(writer.write_safetensors(path, state.tensors, _METADATA))
+            elif _is_tokenizer(value):
+                value.save_pretrained(str(directory))
+            else:
+                entries.append(writer.write_json(directory / f"{name}.json", value))
+        entries.append(writer.write_json(directory / RNG, list(rng)))
+        entries.append(
+            writer.write_json(directory / STATE, {"progress": dict(progress), "objects": objects})
+        )
+        known = {entry.name for entry in entries}
+        others = [p for p in sorted(directory.iterdir()) if p.is_file() and p.name not in known]
+        return entries + [writer.adopt(path) for path in others]
+
+    def restore(self, name: str, committed: Committed, state: Mapping[str, Any]) -> list[str]:
+        """Load one object from a checkpoint; returns sentences about what differs.
+
+        Raises CheckpointError where it does not fit, or did not arrive.
+        """
+        value = self._objects[name]
+        if _is_stateful(value):
+            saved = state["objects"].get(name)
+            if saved is None:
+                raise CheckpointError(
+                    f"checkpoint-{committed.step} holds no '{name}' (it holds: "
+                    f"{', '.join(sorted(state['objects'])) or 'nothing'}): register what the run "
+                    f"was begun with, or begin a new run."
+                )
+            _load(name, value, committed, saved)
+            reader.check_arrived(committed, name, _take(name, value), saved["tree"], _METADATA)
+        elif not _is_tokenizer(value):
+            was = files.read_json(committed.path / f"{name}.json")
+            if was != _as_json(value):
+                changed = f"'{name}' is not what checkpoint-{committed.step} was trained with"
+                if isinstance(value, dict):
+                    value.clear()
+                    value.update(was)
+                    return [f"{changed}; the checkpoint's values are used."]
+                return [f"{changed}; the value of the code is kept."]
+        return []
+
+    def model_files(self, committed: Committed) -> list[str]:
+        """The files that make up the finished model: weights, configs, tokenizer."""
+        modules = [n for n, v in self._objects.items() if isinstance(v, torch.nn.Module)]
+        kept = {f"{n}.safetensors" for n in (["model"] if "model" in modules else modules)}
+        stateful = {f"{n}.safetensors" for n, v in self._objects.items() if _is_stateful(v)}
+        ours = {STATE, RNG, "trainer_state.json", "training_args.json"}
+        names = [entry.name for entry in committed.manifest.files]
+        return [n for n in names if n in kept or (n not in stateful and n not in ours)]
+
+
+def _take(name: str, value: Any) -> Split:
+    if isinstance(value, torch.nn.Module):
+        return split(plain_state(value, name), name)
+    return split(value.state_dict(), name)
+
+
+def _load(name: str, value: Any, committed: Committed, saved: Mapping[str, Any]) -> None:
+    file = f"{name}.safetensors"
+    present = any(entry.name == file for entry in committed.manifest.files)
+    tensors = reader.read_safetensors(committed.path / file) if present else {}
+    aliases = saved["aliases"]
+    if isinstance(value, torch.nn.Module):
+        full = {**tensors, **{alias: tensors[target] for alias, target in aliases.items()}}
+        reader.copy_into(plain_state(value, name), full, name)
+        return
+    state = join(saved["tree"], tensors, aliases)
+    value.load_state_dict(state)
+    if isinstance(value, torch.optim.Optimizer):
+        reader.keep_dtypes(value, state)
+
+
+def _is_stateful(value: Any) -> bool:
+    return callable(getattr(value, "state_dict", None)) and callable(
+        getattr(value, "load_state_dict", None)
+    )
+
+
+def _is_tokenizer(value: Any) -> bool:
+    return callable(getattr(value, "save_pretrained", None))
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        files.to_json(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(files.to_json(value))

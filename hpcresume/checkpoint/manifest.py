@@ -1,0 +1,211 @@
+"""The manifest: what makes a directory a checkpoint. Needs no torch.
+
+It is written last, names every file with its size and the digests of its chunks, and carries a
+digest of itself. `read_committed` is the one predicate that answers "is this a checkpoint";
+`latest`, retention, `status` and the chain's decision all ask it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from hpcresume import files
+from hpcresume.errors import CheckpointError
+from hpcresume.journal import Lineage
+
+FORMAT = 1
+NAME = "manifest.json"
+CHUNK_BYTES = 8 << 20
+_MAX_MANIFEST_BYTES = 256 << 20
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """One file of a checkpoint."""
+
+    name: str
+    bytes: int
+    chunks: tuple[str, ...]
+    """XXH3-128 of each chunk of 8 MiB, hexadecimal."""
+    rank: int = 0
+    """Which rank wrote it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of manifest.json."""
+
+    step: int
+    epoch: int
+    link: int
+    run_id: str
+    parent: str | None
+    """Digest of the manifest of the checkpoint before it."""
+    files: tuple[FileEntry, ...]
+    created: float
+    """Unix seconds; for people, never for decisions."""
+    metric: dict[str, Any] | None = None
+    """The watched metric when it was saved: {name, value, mode}."""
+    format: int = FORMAT
+    digest: str = field(default="", compare=False)
+    """SHA-256 of everything else in the manifest."""
+
+    @property
+    def payload_bytes(self) -> int:
+        """Size of all files."""
+        return sum(entry.bytes for entry in self.files)
+
+    def entry(self, name: str) -> FileEntry:
+        """The entry of a file. Raises CheckpointError if there is none."""
+        for entry in self.files:
+            if entry.name == name:
+                return entry
+        raise CheckpointError(f"The checkpoint of step {self.step} holds no {name}.")
+
+    def to_bytes(self) -> bytes:
+        """The text of manifest.json, with its digest."""
+        content = asdict(self)
+        content["digest"] = _digest(content)
+        return files.to_json(content, indent=1)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    return hashlib.sha256(files.to_json(rest)).hexdigest()
+
+
+def parse(data: bytes) -> Manifest:
+    """The manifest in `data`. Raises CheckpointError that says what is wrong with it."""
+    try:
+        content = json.loads(data)
+        if content["digest"] != _digest(content):
+            raise CheckpointError("its manifest does not match its own digest")
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"its format {content['format']} is not {FORMAT}")
+        entries = tuple(
+            FileEntry(**{**entry, "chunks": tuple(entry["chunks"])}) for entry in content["files"]
+        )
+        manifest = Manifest(**{**content, "files": entries})
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"its manifest is not readable ({error})") from None
+    for entry in manifest.files:
+        if not _FILE_NAME.fullmatch(entry.name) or entry.name == NAME:
+            raise CheckpointError(f"its manifest names an impossible file {entry.name!r}")
+    return manifest
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A directory that is a checkpoint."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        """Its global step."""
+        return self.manifest.step
+
+
+def read_committed(path: Path, lineage: Lineage) -> Committed:
+    """The checkpoint in a directory.
+
+    Raises CheckpointError with the reason where it is none: no manifest or one that does not
+    parse, a file that is missing or has another size, a step that is not its name's, or a link
+    that is not on the run's lineage. Digests of the files are `verify`'s matter.
+    """
+    try:
+        fd = os.open(path / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
+            data = file.read(_MAX_MANIFEST_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"it has no readable manifest ({error.strerror})") from None
+    manifest = parse(data)
+    if path.name != f"checkpoint-{manifest.step}":
+        raise CheckpointError(f"its manifest belongs to step {manifest.step}")
+    for entry in manifest.files:
+        try:
+            status = os.stat(path / entry.name, follow_symlinks=False)
+        except OSError:
+            raise CheckpointError(f"{entry.name} is missing") from None
+        if status.st_size != entry.bytes:
+            raise CheckpointError(f"{entry.name} has {status.st_size} bytes, not {entry.bytes}")
+    if not lineage.holds(manifest.link, manifest.step):
+        raise CheckpointError(f"link {manifest.link} wrote it after a newer link had taken over")
+    return Committed(path, manifest)
+
+
+class ChunkHasher:
+    """Digests of a stream, one for each 8 MiB."""
+
+    def __init__(self) -> None:
+        self._chunks: list[str] = []
+        self._hash = xxhash.xxh3_128()
+        self._filled = 0
+        self.bytes = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take the next piece of the stream."""
+        view = memoryview(data).cast("B")
+        self.bytes += view.nbytes
+        while view.nbytes:
+            part = view[: CHUNK_BYTES - self._filled]
+            self._hash.update(part)
+            self._filled += part.nbytes
+            view = view[part.nbytes :]
+            if self._filled == CHUNK_BYTES:
+                self._next()
+
+    def chunks(self) -> tuple[str, ...]:
+        """The digests; the stream is over."""
+        if self._filled:
+            self._next()
+        return tuple(self._chunks)
+
+    def _next(self) -> None:
+        self._chunks.append(self._hash.hexdigest())
+        self._hash = xxhash.xxh3_128()
+        self._filled = 0
+
+
+def hash_stream(pieces: Iterable[bytes | memoryview]) -> tuple[int, tuple[str, ...]]:
+    """Length and chunk digests of a stream."""
+    hasher = ChunkHasher()
+    for piece in pieces:
+        hasher.update(piece)
+    return hasher.bytes, hasher.chunks()
+
+
+def read_pieces(path: Path) -> Iterator[bytes]:
+    """A file in pieces of one chunk."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb", buffering=0) as file:
+        while piece := file.read(CHUNK_BYTES):
+            yield piece
+
+
+def verify(committed: Committed) -> None:
+    """Check every byte. Raises CheckpointError that names the file and the place."""
+    for entry in committed.manifest.files:
+        try:
+            size, chunks = hash_stream(read_pieces(committed.path / entry.name))
+        except OSError as error:
+            raise CheckpointError(f"{entry.name} cannot be read ({error.strerror})") from None
+        if size != entry.bytes or len(chunks) != len(entry.chunks):
+            raise CheckpointError(f"{entry.name} has {size} bytes, not {entry.bytes}")
+        for index, (found, expected) in enumerate(zip(chunks, entry.chunks, strict=True)):
+            if found != expected:
+                raise CheckpointError(
+                    f"{entry.name} has changed between byte {index * CHUNK_BYTES:,} and "
+                    f"{min((index + 1) * CHUNK_BYTES, size):,}"
+                )

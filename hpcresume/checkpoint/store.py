@@ -1,0 +1,194 @@
+"""The checkpoints of one run: commit, find the newest verified one, retire old ones.
+
+The commit rule stands here alone: everything is written and fsynced under a private name, the
+manifest last; then one rename makes it a checkpoint. Needs no torch: what goes into the files is
+the caller's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpcresume import files
+from hpcresume.checkpoint import manifest as manifests
+from hpcresume.checkpoint import retention
+from hpcresume.checkpoint.manifest import Committed, FileEntry, Manifest
+from hpcresume.errors import CheckpointError, HpcResumeError
+from hpcresume.journal import Lineage
+from hpcresume.run_dir import RunDir
+
+log = logging.getLogger(__name__)
+
+OnBad = Callable[[int, str], None]
+
+
+class Store:
+    """The checkpoint directories below a run."""
+
+    def __init__(self, run: RunDir, run_id: str) -> None:
+        self.run = run
+        self.run_id = run_id
+
+    def committed(self, lineage: Lineage) -> list[Committed]:
+        """All checkpoints, ascending by step; what is none is left out."""
+        found = []
+        for step in self.run.checkpoint_steps():
+            with contextlib.suppress(CheckpointError):
+                found.append(manifests.read_committed(self.run.checkpoint(step), lineage))
+        return found
+
+    def latest_verified(self, lineage: Lineage, on_bad: OnBad) -> Committed | None:
+        """The newest checkpoint of which every byte is as it was written.
+
+        What fails is quarantined and told to `on_bad(step, reason)`; then the next older is tried.
+        """
+        for step in reversed(self.run.checkpoint_steps()):
+            path = self.run.checkpoint(step)
+            try:
+                found = manifests.read_committed(path, lineage)
+                if found.manifest.run_id != self.run_id:
+                    raise CheckpointError("it belongs to another run")
+                manifests.verify(found)
+            except CheckpointError as error:
+                self.quarantine(step)
+                on_bad(step, str(error))
+                continue
+            return found
+        return None
+
+    def quarantine(self, step: int) -> Path:
+        """Move a directory out of the way of every `checkpoint-*` pattern; nothing is deleted."""
+        target = self.run.quarantined(step)
+        os.rename(self.run.checkpoint(step), target)
+        files.fsync_dir(self.run.path)
+        return target
+
+    def commit(
+        self,
+        write: Callable[[Path], Sequence[FileEntry]],
+        *,
+        step: int,
+        epoch: int,
+        link: int,
+        parent: str | None,
+        metric: dict[str, Any] | None,
+        lineage: Lineage,
+        fence: Callable[[], None],
+    ) -> Committed:
+        """Make a checkpoint of what `write` puts into a directory; durable on return.
+
+        `write` fsyncs its files and returns their entries. `fence` raises when a newer link has
+        claimed the run; it is asked before the rename and after it. Raises OSError where the
+        disk refuses: the partial directory is gone then, and older checkpoints are untouched.
+        """
+        partial = self.run.partial(f"checkpoint-{step}.{link:04d}")
+        try:
+            partial.mkdir(mode=0o700)
+            entries = write(partial)
+            files.fsync_dir(partial)
+            content = Manifest(
+                step=step,
+                epoch=epoch,
+                link=link,
+                run_id=self.run_id,
+                parent=parent,
+                files=tuple(entries),
+                created=round(time.time(), 3),
+                metric=metric,
+            )
+            data = content.to_bytes()
+            files.write_new(partial / manifests.NAME, data)
+            files.fsync_dir(partial)
+            fence()
+            self._publish(partial, step, lineage)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        fence()
+        return Committed(self.run.checkpoint(step), manifests.parse(data))
+
+    def _publish(self, partial: Path, step: int, lineage: Lineage) -> None:
+        target = self.run.checkpoint(step)
+        try:
+            os.rename(partial, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            try:
+                manifests.read_committed(target, lineage)
+            except CheckpointError:
+                self.quarantine(step)
+                os.rename(partial, target)
+            else:
+                raise HpcResumeError(f"{target.name} is committed already.") from None
+        files.fsync_dir(self.run.path)
+
+    def prune(self, lineage: Lineage, policy: retention.Policy) -> list[int]:
+        """Remove what the policy lets go; returns the steps. A failed removal is only logged."""
+        removed = []
+        present = [found.manifest for found in self.committed(lineage)]
+        for step in retention.to_remove(present, policy):
+            # Renamed first: a removal that is cut half-way leaves no damaged checkpoint behind.
+            doomed = self.run.partial(f"removed-{step}.0000")
+            try:
+                os.rename(self.run.checkpoint(step), doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                log.warning("could not remove checkpoint-%d: %s", step, error)
+                continue
+            removed.append(step)
+        return removed
+
+    def finish(self, last: Committed, names: Sequence[str]) -> None:
+        """Make `final_model/` of some files of a checkpoint, verified while they are copied.
+
+        It stands on its own: every checkpoint may be deleted afterwards. Raises OSError, or
+        CheckpointError where a file is no longer what was committed.
+        """
+        partial = self.run.partial(f"final_model.{last.manifest.link:04d}")
+        partial.mkdir(mode=0o700)
+        try:
+            entries = [last.manifest.entry(name) for name in names]
+            for entry in entries:
+                _copy_verified(last.path / entry.name, partial / entry.name, entry)
+            content = dataclasses.replace(last.manifest, files=tuple(entries))
+            files.write_new(partial / manifests.NAME, content.to_bytes())
+            files.fsync_dir(partial)
+            target = self.run.final_model
+            if target.exists():
+                os.rename(target, self.run.partial("removed-final.0000"))
+            os.rename(partial, target)
+            files.fsync_dir(self.run.path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def sweep(self, link: int) -> None:
+        """Remove what links before `link` left half-written."""
+        for entry in self.run.path.glob(".*.partial"):
+            parts = entry.name.split(".")
+            if len(parts) > 3 and parts[2].isdigit() and int(parts[2]) < link:
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+def _copy_verified(source: Path, target: Path, entry: FileEntry) -> None:
+    hasher = manifests.ChunkHasher()
+    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        for piece in manifests.read_pieces(source):
+            hasher.update(piece)
+            files.write_all(fd, piece)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    if hasher.chunks() != entry.chunks:
+        raise CheckpointError(f"{source.name} of step {source.parent.name} changed on the disk.")

@@ -1,0 +1,126 @@
+"""State as tensors and a JSON tree, both ways.
+
+What `state_dict()` returns is a tree of dicts, lists, numbers and tensors. `split` takes the
+tensors out (they go to safetensors) and leaves JSON (it goes to state.json); `join` puts them
+back. Nothing is pickled; what is neither a tensor nor JSON is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hpcresume.errors import CheckpointError
+
+#: Prefixes that wrappers (torch.compile, DDP, FSDP) put into names, at any depth.
+_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A state in two halves. `aliases` maps a name to the name that holds the same memory."""
+
+    tree: Any
+    tensors: dict[str, torch.Tensor]
+    aliases: dict[str, str]
+
+
+def split(state: Any, what: str) -> Split:
+    """Take the tensors out of a state; `what` names it in errors."""
+    tensors: dict[str, torch.Tensor] = {}
+    tree = _strip(state, "", what, tensors)
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if tensor.numel() == 0:
+            continue
+        identity = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if first.setdefault(identity, name) != name:
+            aliases[name] = first[identity]
+            del tensors[name]
+    return Split(tree, tensors, aliases)
+
+
+def _strip(value: Any, path: str, what: str, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        name = path or what
+        tensors[name] = value.detach()
+        return {"$tensor": name}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: _strip(v, _join(path, key), what, tensors) for key, v in value.items()}
+        pairs = [
+            [_key(k, what), _strip(v, _join(path, k), what, tensors)] for k, v in value.items()
+        ]
+        return {"$dict": pairs}
+    if isinstance(value, list):
+        return [_strip(v, _join(path, i), what, tensors) for i, v in enumerate(value)]
+    if isinstance(value, tuple):
+        return {"$tuple": [_strip(v, _join(path, i), what, tensors) for i, v in enumerate(value)]}
+    if isinstance(value, (set, frozenset)):
+        return {"$set": sorted(value)}
+    item = getattr(value, "item", None)
+    if callable(item) and getattr(value, "shape", None) == ():
+        return _strip(item(), path, what, tensors)  # a NumPy scalar
+    raise CheckpointError(
+        f"The state of '{what}' holds a {type(value).__name__} at '{path}', which is neither a "
+        f"tensor nor JSON: let its state_dict() return tensors, numbers, texts, lists and dicts."
+    )
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _key(key: Any, what: str) -> Any:
+    if isinstance(key, (str, int, float, bool)) or key is None:
+        return key
+    raise CheckpointError(f"The state of '{what}' has a {type(key).__name__} as a key: {key!r}.")
+
+
+def join(tree: Any, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> Any:
+    """The state whose halves `split` made."""
+    if isinstance(tree, dict):
+        if "$tensor" in tree:
+            name = tree["$tensor"]
+            return tensors[aliases.get(name, name)]
+        if "$dict" in tree:
+            return {key: join(value, tensors, aliases) for key, value in tree["$dict"]}
+        if "$tuple" in tree:
+            return tuple(join(value, tensors, aliases) for value in tree["$tuple"])
+        if "$set" in tree:
+            return set(tree["$set"])
+        return {key: join(value, tensors, aliases) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [join(value, tensors, aliases) for value in tree]
+    return tree
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers added, at any depth."""
+    for wrapper in _WRAPPERS:
+        while name.startswith(wrapper):
+            name = name[len(wrapper) :]
+        name = name.replace("." + wrapper, ".")
+    return name
+
+
+def plain_state(module: torch.nn.Module, what: str) -> dict[str, torch.Tensor]:
+    """The live tensors of a module under plain names. Two of one name are an error."""
+    plain: dict[str, torch.Tensor] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"'{what}.{name}' is no tensor: extra state is not supported.")
+        short = plain_name(name)
+        if short in plain:
+            raise CheckpointError(
+                f"'{what}' has two tensors named '{short}' once wrappers are off."
+            )
+        plain[short] = value.detach()
+    return plain

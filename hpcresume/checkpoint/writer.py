@@ -1,0 +1,121 @@
+"""Writes a state as files: safetensors from the tensors' own memory, hashed on the way.
+
+No second copy of the payload is made: each tensor's memory goes to the file descriptor in pieces.
+Only what is not contiguous on the CPU is copied first, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from hpcresume import files
+from hpcresume.checkpoint.manifest import CHUNK_BYTES, ChunkHasher, FileEntry, read_pieces
+from hpcresume.errors import CheckpointError
+
+#: The names of safetensors' own specification.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def layout(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names in the order of the file: wide types first, so that each tensor lies aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The head of a safetensors file: length, then JSON padded with spaces to 8 bytes."""
+    content: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in layout(tensors):
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"'{name}' has type {tensor.dtype}, which safetensors lacks.")
+        end = offset + tensor.numel() * tensor.element_size()
+        content[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def stream(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> Iterator[memoryview]:
+    """The bytes of the file, in pieces of at most one chunk."""
+    yield memoryview(header(tensors, metadata))
+    for name in layout(tensors):
+        tensor = tensors[name].detach()
+        if tensor.is_conj() or tensor.is_neg():
+            tensor = tensor.resolve_conj().resolve_neg()
+        tensor = tensor.to("cpu").contiguous()
+        size = tensor.numel() * tensor.element_size()
+        if not size:
+            continue
+        # The view does not own the memory; `tensor` does, and lives until the last piece is out.
+        view = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+        for start in range(0, size, CHUNK_BYTES):
+            yield view[start : start + CHUNK_BYTES]
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], rank: int = 0
+) -> FileEntry:
+    """Write and fsync a safetensors file. Raises OSError."""
+    hasher = ChunkHasher()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        for piece in stream(tensors, metadata):
+            hasher.update(piece)
+            files.write_all(fd, piece)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return FileEntry(name=path.name, bytes=hasher.bytes, chunks=hasher.chunks(), rank=rank)
+
+
+def write_json(path: Path, value: object, rank: int = 0) -> FileEntry:
+    """Write and fsync a JSON file. Raises OSError."""
+    data = files.to_json(value, indent=1)
+    files.write_new(path, data)
+    hasher = ChunkHasher()
+    hasher.update(data)
+    return FileEntry(name=path.name, bytes=len(data), chunks=hasher.chunks(), rank=rank)
+
+
+def adopt(path: Path, rank: int = 0) -> FileEntry:
+    """The entry of a file that other code has written; it is fsynced here. Raises OSError."""
+    hasher = ChunkHasher()
+    for piece in read_pieces(path):
+        hasher.update(piece)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return FileEntry(name=path.name, bytes=hasher.bytes, chunks=hasher.chunks(), rank=rank)
