@@ -1,0 +1,309 @@
+"""Slurm, through its own clients: the `Scheduler` of clusters.
+
+What cannot be reached raises Unavailable, what Slurm refuses SubmissionRejected with its words.
+The clients are called in `slurm_clients`, their answers read in `slurm_text`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from hpcresume.config import SchedulerConfig
+from hpcresume.errors import SubmissionRejected, Unavailable
+from hpcresume.scheduler import process, script, slurm_text
+from hpcresume.scheduler.environment import JOB_VARIABLES, PLACE_VARIABLES
+from hpcresume.scheduler.frozen_options import frozen_options
+from hpcresume.scheduler.job import JobInfo, JobSpec, JobState
+from hpcresume.scheduler.slurm_clients import SlurmClients, is_end
+
+log = logging.getLogger(__name__)
+
+#: Pauses after a submission without an answer; then the queue is searched for the job.
+_SUBMIT_PAUSES_S = (2.0, 5.0, 10.0)
+#: How long cancelled jobs may go on, before `cancel` gives up.
+_CANCEL_S = 30.0
+_CANCEL_POLL_S = 0.2
+
+
+class Launcher(Protocol):
+    """What turns a job into a batch script that executes a link, and hands it to sbatch."""
+
+    def launch(
+        self,
+        spec: JobSpec,
+        text_of: Callable[[Sequence[str], Sequence[str]], str],
+        sbatch: Callable[[Path], str],
+    ) -> str:
+        """Submit the script that `text_of(command, prepare)` gives; returns the job id."""
+
+
+def available(environ: Mapping[str, str]) -> bool:
+    """Whether this machine can submit to a Slurm."""
+    return shutil.which("sbatch", path=environ.get("PATH")) is not None
+
+
+class SlurmScheduler:
+    """The jobs of one user on a Slurm cluster; see `scheduler.job.Scheduler`.
+
+    `environ` is the environment that the clients are called from. Without a `launcher` nothing
+    but a user's own script can be submitted.
+    """
+
+    name = "slurm"
+
+    def __init__(
+        self, config: SchedulerConfig, *, environ: Mapping[str, str], launcher: Launcher | None
+    ) -> None:
+        self._config = config
+        self._environ = environ
+        self._launcher = launcher
+        self._clients = SlurmClients(environ)
+
+    # ---- submitting ----------------------------------------------------------------------
+
+    def submit(self, spec: JobSpec, after: Sequence[str] = ()) -> str:
+        """Queue a job that may start when all of `after` have ended; returns its id.
+
+        Where sbatch got no answer, the queue is searched for the spec's token before it is called
+        again. Ids in `after` that Slurm has forgotten count as ended.
+        """
+        if spec.script is not None:
+            own = str(spec.script)
+            return self._submit(
+                lambda known: [*script.script_arguments(spec, self._config, known), own],
+                spec,
+                after,
+            )
+        assert self._launcher is not None, "this SlurmScheduler was made without a launcher"
+
+        def text_of(command: Sequence[str], prepare: Sequence[str]) -> str:
+            return script.render(spec, self._config, command, after, prepare)
+
+        def sbatch(path: Path) -> str:
+            return self._submit(lambda known: [*_changed(known, after), str(path)], spec, after)
+
+        return self._launcher.launch(spec, text_of, sbatch)
+
+    def _submit(
+        self, arguments: Callable[[Sequence[str]], list[str]], spec: JobSpec, after: Sequence[str]
+    ) -> str:
+        """Call sbatch until it is certain whether there is a job; see `submit`."""
+        complaint = ""
+        for attempt, pause_s in enumerate(_SUBMIT_PAUSES_S):
+            try:
+                id = self._sbatch_after(arguments, spec, after)
+                return self._only_one(id, spec.token) if attempt else id
+            except Unavailable as error:
+                complaint = str(error)
+            # It may have been taken all the same.
+            log.warning("%s Looking for the job in the queue.", complaint)
+            time.sleep(pause_s)
+            with contextlib.suppress(Unavailable):
+                for job in self.find(spec.token):
+                    return self._only_one(job.id, spec.token)
+        raise Unavailable(complaint)
+
+    def _sbatch_after(
+        self, arguments: Callable[[Sequence[str]], list[str]], spec: JobSpec, after: Sequence[str]
+    ) -> str:
+        """Submit; where Slurm refuses the dependency, once more without the ids it has forgotten.
+
+        Slurm refuses ids whose records are gone from 23.02 on; such jobs have ended.
+        """
+        try:
+            return self._sbatch(arguments(after), spec)
+        except SubmissionRejected as refusal:
+            if not after or "dependency" not in str(refusal).lower():
+                raise
+            jobs = self._clients.squeue("--states=all", f"--jobs={','.join(after)}")
+            known = [id for id in after if id in {job.id for job in jobs}]
+            if known == list(after):
+                raise
+        return self._sbatch(arguments(known), spec)
+
+    def _sbatch(self, arguments: Sequence[str], spec: JobSpec) -> str:
+        environ = self._submission_environ(spec)
+        done = self._clients.call("sbatch", "--parsable", *arguments, environ=environ)
+        if done.code:
+            raise SubmissionRejected(f"Slurm refused the job: {slurm_text.words(done.err)}")
+        id = slurm_text.parse_job_id(done.out)
+        if id is None:
+            raise Unavailable(f"sbatch gave no job id but {done.out.strip()!r}.")
+        return id
+
+    def _submission_environ(self, spec: JobSpec) -> dict[str, str]:
+        """The environment frozen at submit, which the job inherits; without any job's traces."""
+        environ = process.scrubbed(spec.environment)
+        # Where the clients find Slurm here may differ from where they did at submit.
+        if "SLURM_CONF" in self._environ:
+            environ["SLURM_CONF"] = self._environ["SLURM_CONF"]
+        leftovers = JOB_VARIABLES | PLACE_VARIABLES
+        return {name: value for name, value in environ.items() if name not in leftovers}
+
+    def _only_one(self, id: str, token: str) -> str:
+        """The oldest job with a token; younger ones were submitted twice and are cancelled.
+
+        A controller that was stuck may take a job long after sbatch has given up on it.
+        """
+        with contextlib.suppress(Unavailable):
+            twins = [job.id for job in self.find(token)]
+            if len(twins) > 1:
+                log.warning("Job %s was submitted more than once; the others go.", twins[0])
+                self.cancel(twins[1:])
+                return twins[0]
+        return id
+
+    def test_only(self, spec: JobSpec) -> str:
+        """What sbatch --test-only says about a job. It does not look at the partition's limit."""
+        if spec.script is not None:
+            arguments = [*script.script_arguments(spec, self._config, ()), str(spec.script)]
+            text = None
+        else:
+            arguments, text = [], script.render(spec, self._config, ["true"])
+        environ = self._submission_environ(spec)
+        done = self._clients.call("sbatch", "--test-only", *arguments, environ=environ, text=text)
+        said = slurm_text.words(done.err)
+        if done.code:
+            raise SubmissionRejected(f"Slurm would refuse the job: {said}")
+        return said
+
+    # ---- asking --------------------------------------------------------------------------
+
+    def find(self, token_prefix: str) -> list[JobInfo]:
+        """The living jobs of this user whose token begins so, oldest first."""
+        jobs = self._clients.squeue(f"--user={os.getuid()}")
+        # A state that nobody knows is no end.
+        living = [job for job in jobs if not job.state.ended]
+        return [job for job in living if job.token.startswith(token_prefix)]
+
+    def state(self, ids: Sequence[str]) -> dict[str, JobInfo]:
+        """What became of jobs: of the queue, the accounting and the controller, who knows most.
+
+        A job that completes is still in the queue, which does not say why it ends; the accounting
+        does. Of a job that was requeued its newest life counts.
+        """
+        queue: dict[str, JobInfo] = {}
+        outage: Unavailable | None = None
+        try:
+            if ids:
+                jobs = self._clients.squeue(f"--jobs={','.join(ids)}")
+                queue = {job.id: job for job in jobs if not job.state.ended}
+        except Unavailable as error:
+            outage = error
+        going = [id for id, job in queue.items() if job.state is not JobState.COMPLETING]
+        self._clients.forget(going)
+        records = self._clients.newest_records([id for id in ids if id not in going])
+        return {id: self._known(id, queue.get(id), records.get(id), outage) for id in ids}
+
+    def _known(
+        self, id: str, queued: JobInfo | None, record: JobInfo | None, outage: Unavailable | None
+    ) -> JobInfo:
+        if record is not None and is_end(record):
+            return record
+        if queued is not None:
+            return queued
+        if outage is not None:
+            raise outage
+        fields = self._clients.describe(id)
+        if fields is not None:
+            return slurm_text.job_of_fields(fields)
+        return record or JobInfo(id=id, state=JobState.UNKNOWN)
+
+    def end_time(self, id: str) -> float | None:
+        """Unix time at which a RUNNING job reaches its limit, as it stands now."""
+        return next((job.end_time for job in self._clients.squeue(f"--jobs={id}")), None)
+
+    def lives(self, id: str) -> list[JobInfo]:
+        """Every life of a job that was requeued, oldest first, as the accounting tells."""
+        return self._clients.records([id]).get(id, [])
+
+    def partition_limit_s(self, partition: str | None) -> tuple[str, int | None] | None:
+        """Name and time limit of a partition, by default the cluster's own; None if not known.
+
+        Of several with commas the one with the longest limit. No limit is None.
+        """
+        done = self._clients.call("scontrol", "--all", "show", "partition")
+        names = partition.split(",") if partition else None
+        limits = [
+            (block["PartitionName"], slurm_text.limit_s(block.get("MaxTime", "")))
+            for block in slurm_text.parse_partitions(done.out)
+            if (block["PartitionName"] in names if names else block.get("Default") == "YES")
+        ]
+        return max(limits, key=lambda limit: limit[1] or float("inf"), default=None)
+
+    def frozen_script(self, job_id: str) -> tuple[str, tuple[str, ...]]:
+        """The batch script of a job and its real options, to submit the same job again.
+
+        Raises SubmissionRejected where Slurm does not give them.
+        """
+        done = self._clients.call("scontrol", "write", "batch_script", job_id, "-")
+        fields = self._clients.describe(job_id)
+        if not done.out or fields is None:  # The exit code is 0 all the same.
+            raise SubmissionRejected(
+                f"Slurm does not give the script of job {job_id}: {slurm_text.words(done.err)}"
+            )
+        return done.out, frozen_options(fields, self._environ)
+
+    # ---- changing ------------------------------------------------------------------------
+
+    def update(
+        self,
+        id: str,
+        *,
+        exclude_nodes: Sequence[str] | None = None,
+        begin_delay_s: int | None = None,
+        requeue: bool = False,
+    ) -> None:
+        """Change a pending job, or put a running one back into the queue.
+
+        Nodes are excluded besides those that already are.
+        """
+        changes = []
+        if exclude_nodes:
+            excluded = (self._clients.describe(id) or {}).get("ExcNodeList")
+            changes.append(f"ExcNodeList={script.joined(excluded, *exclude_nodes)}")
+        if begin_delay_s is not None:
+            changes.append(f"StartTime=now+{begin_delay_s}")
+        if changes:
+            self._control("update", f"JobId={id}", *changes)
+        if requeue:
+            # A job that is pending again has what was wished for.
+            self._control("requeue", id, unless="pending execution")
+
+    def _control(self, *arguments: str, unless: str = "\n") -> None:
+        done = self._clients.call("scontrol", *arguments)
+        said = slurm_text.words(done.err)
+        if done.code and unless not in said:
+            raise SubmissionRejected(f"Slurm refused to {arguments[0]} a job: {said}")
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        """End jobs: pending ones first, so that none starts because another has ended.
+
+        Returns when all have left the queue or are completing.
+        """
+        deadline = time.monotonic() + _CANCEL_S
+        while ids:
+            queue = self._clients.squeue(f"--jobs={','.join(ids)}")
+            leaving = JobState.COMPLETING
+            living = [j for j in queue if not j.state.ended and j.state is not leaving]
+            pending = [job.id for job in living if job.state is JobState.PENDING]
+            ids = [job.id for job in living]
+            if not ids:
+                return
+            said = slurm_text.words(self._clients.call("scancel", *(pending or ids)).err)
+            if "denied" in said.lower() or time.monotonic() > deadline:
+                why = said or f"still alive after {_CANCEL_S:.0f} s"
+                raise Unavailable(f"Jobs {', '.join(ids)} could not be cancelled: {why}.")
+            time.sleep(_CANCEL_POLL_S)
+
+
+def _changed(known: Sequence[str], after: Sequence[str]) -> list[str]:
+    """What takes the place of the dependency that stands in the script, where it is another."""
+    return [] if list(known) == list(after) else [f"--dependency={script.dependency(known)}"]
