@@ -154,6 +154,15 @@ def lineage(run: RunDir, chain: list[LinkRecords] | None = None) -> Lineage:
     return Lineage()
 
 
+def known_step(links: list[LinkRecords]) -> int:
+    """The step that the newest link which trained stood at, or had committed last."""
+    for link in reversed(links):
+        steps = [int(r["step"]) for r in link.all("restored", "saved")]
+        if steps:
+            return max(steps)
+    return 0
+
+
 def read_metrics(run: RunDir, over: Lineage | None = None) -> Iterator[Record]:
     """The metric log of the run, each step once, in order."""
     over = lineage(run) if over is None else over

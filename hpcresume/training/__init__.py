@@ -1,0 +1,1 @@
+"""What training means: the resumable loader, determinism, ranks that agree."""

@@ -1,0 +1,95 @@
+"""A rank's view of the time that is left.
+
+The supervisor (or, in the foreground, the scheduler's environment) says when the job ends; this
+clock counts down to it on the monotonic clock, so that a jump of the wall clock changes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hpcresume import files
+
+_REREAD_S = 1.0
+#: Slack of the lead time, in seconds: start of the save, end of the processes.
+MARGIN_S = 5.0
+
+
+def lead_time(saves_s: Sequence[float], steps_s: Sequence[float], *, guess_s: float) -> float:
+    """How long before a job's end the last save must begin, in seconds.
+
+    p95 of the measured saves, plus the longest of the steps (the stop is seen at a boundary),
+    plus a margin. `guess_s` stands for the saves until one has been measured.
+    """
+    save = _p95(saves_s) if saves_s else guess_s
+    return save + _p95(steps_s) + MARGIN_S
+
+
+def _p95(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))] if ordered else 0.0
+
+
+class Clock:
+    """Durations of steps and saves, and whether it is time to stop."""
+
+    def __init__(
+        self, *, end_time: float | None, file: Path | None, lead_s: float | None, guess_s: float
+    ) -> None:
+        self._file = file
+        self._fixed_lead_s = lead_s
+        self._guess_s = guess_s
+        self._end = None if end_time is None else _monotonic(end_time)
+        self._read_at = 0.0
+        self._steps: deque[float] = deque(maxlen=256)
+        self._busy: dict[str, float] = {}
+        self.saves: deque[float] = deque(maxlen=32)
+
+    def guess(self, save_s: float) -> None:
+        """A first guess of a save's duration, where history had none to tell."""
+        if not self.saves and not self._guess_s:
+            self._guess_s = save_s
+
+    def step_took(self, seconds: float) -> None:
+        """Note the duration of a step."""
+        self._steps.append(seconds)
+
+    def busy_took(self, kind: str, seconds: float) -> None:
+        """Note the duration of something longer than a step; the longest of its kind counts."""
+        self._busy[kind] = max(seconds, self._busy.get(kind, 0.0))
+
+    @property
+    def last_step_s(self) -> float:
+        """Duration of the latest step, in seconds."""
+        return self._steps[-1] if self._steps else 0.0
+
+    def lead_s(self) -> float:
+        """How long before the job's end the last save must begin."""
+        if self._fixed_lead_s is not None:
+            return self._fixed_lead_s
+        steps = _p95(self._steps)
+        longest = max([steps, *self._busy.values()])
+        return lead_time(list(self.saves), [longest], guess_s=self._guess_s)
+
+    def remaining_s(self) -> float | None:
+        """Seconds to the job's end; None without a limit."""
+        now = time.monotonic()
+        if self._file is not None and now - self._read_at >= _REREAD_S:
+            self._read_at = now
+            content = files.read_json_or_none(self._file)
+            if isinstance(content, dict) and "end" in content:
+                end = content["end"]
+                self._end = None if end is None else _monotonic(float(end))
+        return None if self._end is None else self._end - now
+
+    def due(self) -> bool:
+        """Whether the deadline is reached."""
+        remaining = self.remaining_s()
+        return remaining is not None and remaining <= self.lead_s()
+
+
+def _monotonic(unix: float) -> float:
+    return time.monotonic() + unix - time.time()

@@ -1,0 +1,118 @@
+"""The metric log of a link, and trainer_state.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hpcresume import files
+from hpcresume.run_dir import LinkDir
+
+_HISTORY = 100
+
+
+class MetricLog:
+    """One line a step in metrics.jsonl, written in batches.
+
+    Tensors are kept as they are until a flush: turning each into a number at once would make the
+    CPU wait for the GPU at every step. A value logged several times in one step (gradient
+    accumulation) is averaged.
+    """
+
+    def __init__(self, link: LinkDir | None) -> None:
+        self._lines = None if link is None else files.LineWriter(link.metrics)
+        self._step: dict[str, list[Any]] = {}
+        self._waiting: list[tuple[int, int, dict[str, list[Any]]]] = []
+        self.latest: dict[str, Any] = {}
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Log values for the step in progress."""
+        if self._lines is None:
+            return
+        for name, value in values.items():
+            kept = value.detach().clone() if isinstance(value, torch.Tensor) else value
+            self._step.setdefault(name, []).append(kept)
+
+    def end_step(self, step: int, epoch: int) -> None:
+        """The step is over; what was logged belongs to it."""
+        if self._step:
+            self._waiting.append((step, epoch, self._step))
+            self._step = {}
+
+    def flush(self) -> None:
+        """Write what waits; the latest line is in `latest` then."""
+        if self._lines is None or not self._waiting:
+            return
+        lines = [
+            {"step": step, "epoch": epoch, **{k: _mean(v) for k, v in values.items()}}
+            for step, epoch, values in self._waiting
+        ]
+        self._waiting = []
+        self._lines.append(*lines)
+        self.latest = lines[-1]
+
+    def sync(self) -> int:
+        """Flush, fsync; the length of the log in bytes."""
+        self.flush()
+        if self._lines is None:
+            return 0
+        self._lines.sync()
+        return self._lines.size_bytes()
+
+    def close(self) -> None:
+        """Flush and give the file back."""
+        if self._lines is not None:
+            self.flush()
+            self._lines.close()
+
+
+def _mean(values: list[Any]) -> Any:
+    numbers = [_number(value) for value in values]
+    if len(numbers) == 1 or not all(isinstance(n, (int, float)) for n in numbers):
+        return numbers[-1]
+    return math.fsum(numbers) / len(numbers)
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else value.tolist()
+    item = getattr(value, "item", None)
+    return item() if callable(item) else value
+
+
+def trainer_state(
+    *,
+    global_step: int,
+    total_steps: int | None,
+    epoch: float,
+    num_train_epochs: int | None,
+    best_metric: float | None,
+    best_step: int | None,
+    history: list[dict[str, Any]],
+    completed: bool,
+    train_seconds: float,
+    link: int,
+    num_ranks: int,
+) -> dict[str, Any]:
+    """The content of trainer_state.json, in Hugging Face's words.
+
+    The progress stands at the end, so that `tail` shows it.
+    """
+    return {
+        "best_metric": best_metric,
+        "best_model_checkpoint": None if best_step is None else f"checkpoint-{best_step}",
+        "is_world_process_zero": True,
+        "log_history": history[-_HISTORY:],
+        "num_train_epochs": num_train_epochs,
+        "train_seconds": round(train_seconds, 3),
+        "link": link,
+        "world_size": num_ranks,
+        "max_steps": total_steps,
+        "epoch": round(epoch, 6),
+        "global_step": global_step,
+        "total_steps": total_steps,
+        "completed": completed,
+    }
