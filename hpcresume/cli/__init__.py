@@ -1,0 +1,76 @@
+"""The command line: argv in, one library call, text and an exit code out.
+
+Commands are imported when they are called: a login node's file system is slow.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from hpcresume.errors import HpcResumeError
+
+#: Command -> module below this package; the function has the command's name.
+_COMMANDS = {
+    "submit": "submit",
+    "status": "status",
+    "logs": "logs",
+    "cancel": "control",
+    "resume": "control",
+    "link": "hidden",
+    "rank": "hidden",
+    "local-driver": "hidden",
+}
+_HIDDEN = frozenset({"link", "rank", "local-driver"})
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in _COMMANDS if name not in _HIDDEN]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"hpcresume.cli.{_COMMANDS[cmd_name]}")
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            known = ", ".join(self.list_commands(ctx))
+            ctx.fail(f"No command '{args[0]}'.{hint} Commands: {known}.")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hpcresume")
+def cli() -> None:
+    """One training run, many Slurm jobs, the same result."""
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command line and leave with its exit code; errors are one sentence on stderr."""
+    try:
+        code: Any = cli.main(args=argv, prog_name="hpcresume", standalone_mode=False)
+    except HpcResumeError as error:
+        print(f"hpcresume: {error}", file=sys.stderr)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough.
+        sys.stdout = None
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,71 @@
+"""Commands that jobs and drivers are started with; not for typing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from hpcresume.cli.options import root_of, runs_option
+from hpcresume.errors import UsageError
+from hpcresume.run_dir import RunDir, is_run
+
+
+@click.command(hidden=True)
+@click.argument("target", required=False, type=click.Path(path_type=Path))
+@click.option("--set", "sets", multiple=True, metavar="a.b=VALUE")
+@runs_option
+def link(target: Path | None, sets: tuple[str, ...], runs: str | None) -> int:
+    """Supervise one link: of the run in $HPCRESUME_RUN or TARGET, or of the one CONFIG makes."""
+    from hpcresume.config import default_path
+    from hpcresume.link import supervise
+
+    frozen = os.environ.get("HPCRESUME_RUN")
+    if frozen:
+        run = RunDir(Path(frozen))
+    elif target is not None and is_run(target):
+        run = RunDir(target.absolute())
+    else:
+        from hpcresume.submit import adopt_batch
+
+        path = target or default_path(Path.cwd())
+        if path is None:
+            raise UsageError("Name the configuration: hpcresume link CONFIG.")
+        run = adopt_batch(path, sets=sets, root=root_of(runs), environ=os.environ)
+    return supervise(run, os.environ).exit_code
+
+
+@click.command(hidden=True)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--link", "number", type=int)
+@click.option("--check", is_flag=True)
+def rank(run: Path, number: int | None, check: bool) -> int:
+    """One training process of a link; with --check, only import the training function."""
+    from hpcresume import rank as ranks
+    from hpcresume.config import read_frozen
+
+    chosen = RunDir(run.absolute())
+    if check:
+        ranks.load_train(read_frozen(chosen.config).train, ranks.code_roots(chosen))
+        return 0
+    if number is None:
+        raise UsageError("hpcresume rank needs --link.")
+    return ranks.run_rank(chosen, number, os.environ)
+
+
+@click.command(hidden=True)
+@click.argument("run", type=click.Path(path_type=Path))
+def local_driver(run: Path) -> int:
+    """Serve the jobs of a run until none is left, without a terminal."""
+    from hpcresume.config import read_frozen
+    from hpcresume.scheduler.driver import drive
+    from hpcresume.signals import listen
+
+    chosen = RunDir(run.absolute())
+    with listen() as flags:
+        grace_s = read_frozen(chosen.config).scheduler.grace_s
+        drive(chosen, grace_s, interrupted=lambda: flags.stop_asked() is not None)
+    sys.stdout.flush()
+    return 0

@@ -1,0 +1,107 @@
+"""`hpcresume status`: how the runs stand."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from hpcresume import status as statuses
+from hpcresume.cli.options import root_of, runs_option
+from hpcresume.config import read_frozen
+from hpcresume.errors import ConfigError, NotFound, Unavailable
+from hpcresume.run_dir import RunDir, all_runs, find_run
+from hpcresume.scheduler import process
+from hpcresume.scheduler.job import JobInfo
+
+SCHEMA_VERSION = 1
+_PATIENCE_S = 10.0
+
+
+@click.command()
+@click.argument("run", required=False)
+@click.option("-a", "--all", "everything", is_flag=True, help="Finished runs too.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.option(
+    "--exit-code",
+    is_flag=True,
+    help="0 complete, 10 running, 11 waiting, 12 stopped, 20 failed, 21 stalled.",
+)
+@runs_option
+def status(
+    run: str | None, everything: bool, as_json: bool, exit_code: bool, runs: str | None
+) -> int:
+    """Show unfinished runs and the newest finished one, or RUN."""
+    root = root_of(runs)
+    chosen = [find_run(run, root)] if run else all_runs(root)
+    if not chosen:
+        raise NotFound(f"There is no run in {root}: `hpcresume submit` begins one.")
+    if not as_json:
+        # Said before the scheduler is asked, which may take its time.
+        click.echo(f"{chosen[0].path if run else root}", nl=True)
+    rows = [_read(one) for one in chosen]
+    if not run and not everything:
+        rows = _interesting(rows)
+    if as_json:
+        document = {"schema_version": SCHEMA_VERSION, "runs": [row.to_json() for row in rows]}
+        click.echo(json.dumps(document, indent=2, sort_keys=True))
+    else:
+        from hpcresume.display.tables import status_table
+
+        status_table(rows)
+    return statuses.EXIT_CODES[rows[0].state] if exit_code and rows else 0
+
+
+def _interesting(rows: Sequence[statuses.RunStatus]) -> list[statuses.RunStatus]:
+    finished = [row for row in rows if row.state == "complete"][:1]
+    return [row for row in rows if row.state != "complete" or row in finished]
+
+
+def _read(run: RunDir) -> statuses.RunStatus:
+    jobs, note = _jobs(run)
+    return statuses.read_status(run, jobs, note)
+
+
+_slurm_jobs: dict[str, Any] = {}
+
+
+def _jobs(run: RunDir) -> tuple[list[JobInfo] | None, str]:
+    """The run's living jobs. Slurm is asked once for all runs."""
+    from hpcresume.link import scheduler_of
+
+    try:
+        config = read_frozen(run.config)
+        if config.scheduler.cluster == "debug":
+            return [], ""
+        scheduler = scheduler_of(run, config, process.scrubbed(os.environ), submits=False)
+        prefix = statuses.token_prefix(run.identify()["id"])
+        if scheduler.name == "local":
+            return scheduler.find(prefix), ""
+        if "answer" not in _slurm_jobs:
+            _slurm_jobs["answer"] = _with_patience(lambda: scheduler.find(statuses.TOKEN + ":"))
+        answer = _slurm_jobs["answer"]
+        if isinstance(answer, str):
+            return None, answer
+        return [job for job in answer if job.token.startswith(prefix)], ""
+    except (ConfigError, Unavailable) as error:
+        return None, str(error)
+
+
+def _with_patience(ask: Any) -> list[JobInfo] | str:
+    """The answer, or a sentence where none came in time."""
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(ask())
+        except Unavailable as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE_S)
+    return found[0] if found else f"squeue gave no answer in {_PATIENCE_S:.0f} s"

@@ -1,0 +1,118 @@
+"""`hpcresume submit`: prepare a run and queue its first link."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hpcresume.cli.options import root_of, runs_option
+from hpcresume.config import RunConfig, default_path, read_frozen
+from hpcresume.errors import UsageError
+from hpcresume.run_dir import RunDir
+
+
+@click.command()
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--config", "config_option", type=click.Path(path_type=Path), help="Same as CONFIG.")
+@click.option("--time", "time", metavar="TIME", help="Time limit of each job, as sbatch writes it.")
+@click.option("--name", help="Name of the run [the configuration's].")
+@click.option("--cluster", type=click.Choice(["auto", "slurm", "local", "debug"]))
+@click.option("-p", "--partition")
+@click.option("-A", "--account")
+@click.option("-q", "--qos")
+@click.option("-N", "--nodes", type=int)
+@click.option("--tasks-per-node", type=int)
+@click.option("--cpus-per-task", type=int)
+@click.option("--gpus-per-node")
+@click.option("--mem")
+@click.option(
+    "--set", "sets", multiple=True, metavar="a.b=VALUE", help="Set a configuration value."
+)
+@click.option(
+    "--sbatch", "extra", multiple=True, metavar="KEY=VALUE", help="Goes to sbatch untouched."
+)
+@runs_option
+@click.option("--dry-run", is_flag=True, help="Print the batch script and submit nothing.")
+@click.option("--force-new", is_flag=True, help="If the name is taken, append -2.")
+@click.option("--detach", is_flag=True, help="Local backend: do not wait, survive the terminal.")
+def submit(config: Path | None, config_option: Path | None, runs: str | None, **flags: Any) -> int:
+    """Submit a run: CONFIG, else ./hpcresume.yaml, else configs/quickstart.yaml."""
+    from hpcresume import submit as verbs
+
+    path = config_option or config or default_path(Path.cwd())
+    if path is None:
+        raise UsageError(
+            "There is no ./hpcresume.yaml and no configs/quickstart.yaml here: name a "
+            "configuration (hpcresume submit CONFIG)."
+        )
+    settings = verbs.read_config(
+        path, sets=flags["sets"], options=_options(flags), environ=os.environ
+    )
+    root = root_of(runs)
+    if flags["dry_run"]:
+        click.echo(_dry(settings, root))
+        return 0
+    run = verbs.prepare(
+        settings, root, project=Path.cwd(), environ=os.environ, force_new=flags["force_new"]
+    )
+    return begin(run, read_frozen(run.config), detach=flags["detach"])
+
+
+def _options(flags: dict[str, Any]) -> dict[str, Any]:
+    names = ("time", "cluster", "partition", "account", "qos", "nodes", "tasks_per_node")
+    scheduler = {name: flags[name] for name in (*names, "cpus_per_task", "gpus_per_node", "mem")}
+    gpus = scheduler["gpus_per_node"]
+    scheduler["gpus_per_node"] = int(gpus) if gpus and gpus.isdigit() else gpus
+    sbatch: dict[str, Any] = {}
+    for pair in flags["extra"]:
+        key, separator, value = pair.partition("=")
+        sbatch[key.lstrip("-")] = value if separator else True
+    options: dict[str, Any] = {"name": flags["name"], "scheduler": scheduler}
+    if sbatch:
+        scheduler["sbatch"] = sbatch
+    return options
+
+
+def _dry(settings: RunConfig, root: Path) -> str:
+    from hpcresume import submit as verbs
+
+    return verbs.dry_run(settings, root, project=Path.cwd(), environ=os.environ)
+
+
+def begin(run: RunDir, config: RunConfig, *, detach: bool) -> int:
+    """Queue the run's next job and say so; drive it here where the backend is this machine."""
+    from hpcresume import submit as verbs
+
+    if config.scheduler.cluster == "debug":
+        verbs.launch(run, config, os.environ)
+        outcome = verbs.run_debug(run)
+        click.echo(f"{outcome.decision}: {outcome.reason}")
+        return outcome.exit_code
+    submission = verbs.launch(run, config, os.environ)
+    assert submission.scheduler is not None and submission.job is not None
+    local = submission.scheduler.name == "local"
+    click.echo(_receipt(run, submission.job, "local job" if local else "job"))
+    if not local:
+        return 0
+    from hpcresume.cli.drive import detach_driver, drive_here
+
+    sys.stdout.flush()
+    return detach_driver(run) if detach else drive_here(run, config)
+
+
+def _receipt(run: RunDir, job: str, word: str) -> str:
+    name = run.name
+    return (
+        f"run        {name}\n"
+        f"{word:<10} {job}\n"
+        f"directory  {run.path}\n"
+        f"log        {run.train_log}\n"
+        f"\n"
+        f"  hpcresume status            how it stands\n"
+        f"  hpcresume logs -f {name:<10}what it prints, over all jobs\n"
+        f"  hpcresume cancel {name:<10} end the chain\n"
+    )

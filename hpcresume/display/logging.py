@@ -1,0 +1,64 @@
+"""Log lines: `11-30 00:18:33 [checkpoint] saved step 500 of epoch 1 (1.2 GB in 0.8 s)`.
+
+The same form from every module; `[module-WARNING]` where the level matters. Libraries log, this
+module alone says where it goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+#: Module names as people know them.
+_WORDS = {"session": "train", "store": "checkpoint", "record": "train"}
+
+
+class LineFormatter(logging.Formatter):
+    """One line a record; a traceback follows it where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s [%(tag)s] %(message)s", datefmt="%m-%d %H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as a line."""
+        module = record.name.rpartition(".")[2]
+        tag = _WORDS.get(module, module)
+        if record.getMessage().startswith("saved step"):
+            tag = "checkpoint"
+        record.tag = tag if record.levelno == logging.INFO else f"{tag}-{record.levelname}"
+        return super().format(record)
+
+
+@contextlib.contextmanager
+def logging_to(
+    *paths: Path, level: str = "INFO", console: bool = True, name: str = "hpcresume"
+) -> Iterator[None]:
+    """Send the log to the console at `level` and to files at `level` (the first at DEBUG)."""
+    logger = logging.getLogger(name)
+    handlers: list[logging.Handler] = []
+    if console:
+        stream = logging.StreamHandler(sys.stdout)
+        stream.setLevel(level)
+        handlers.append(stream)
+    for index, path in enumerate(paths):
+        with contextlib.suppress(OSError):
+            file = logging.FileHandler(path, encoding="utf-8", delay=False)
+            file.setLevel(logging.DEBUG if index == 0 and len(paths) > 1 else level)
+            handlers.append(file)
+    for handler in handlers:
+        handler.setFormatter(LineFormatter())
+        logger.addHandler(handler)
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
