@@ -348,12 +348,15 @@ class SlurmCluster:
         """MariaDB, slurmdbd, and the cluster's tables, which slurmctld wants to find."""
         data, password = self.folder / "database", secrets.token_hex()
         mariadb_port, slurmdbd_port = self._port + NODES + 2, self._port + NODES + 1
-        options = ("--no-defaults", "--user=root", f"--datadir={data}")
+        # In a shared tmpdir, one MariaDB that starts removes the temporary tables of another.
+        tmpdir = self.folder / "database-tmp"
+        tmpdir.mkdir()
+        options = ("--no-defaults", "--user=root", f"--datadir={data}", f"--tmpdir={tmpdir}")
         # Small files, no waiting for the disk: the database lives as long as the tests.
         engine = ("--innodb-log-file-size=8M", "--innodb-flush-log-at-trx-commit=0")
-        self._start_daemon(
-            "install", "mariadb-install-db", *options, "--skip-test-db", *engine
-        ).wait(timeout=30)
+        self._start_daemon("install", "mariadb-install-db", *options, *engine, "--skip-test-db")
+        if self._daemons["install"].wait(timeout=60):
+            raise SlurmClusterError(f"mariadb-install-db failed; {self._log_end('install')}")
         grant = self._write(
             "grant.sql",
             "CREATE DATABASE slurm;\n",
@@ -389,12 +392,12 @@ class SlurmCluster:
         self._wait_for("slurmdbd", lambda: not _is_free(slurmdbd_port))
         self.run("sacctmgr", "-i", "add", "cluster", f"test{self.nodes[0][:-1]}")
 
-    def _start_daemon(self, name: str, *argv: str) -> "subprocess.Popen[bytes]":
+    def _start_daemon(self, name: str, *argv: str) -> None:
         """Start a program in the foreground of its own session, with NAME.log as its output."""
         program = shutil.which(argv[0], path=SEARCH_PATH)
         assert program is not None, argv[0]
         with self.folder.joinpath(f"{name}.log").open("ab") as log:
-            daemon = subprocess.Popen(
+            self._daemons[name] = subprocess.Popen(
                 [program, *argv[1:]],
                 env=self._plain_env(),
                 cwd=self.folder,
@@ -403,8 +406,6 @@ class SlurmCluster:
                 stderr=log,
                 start_new_session=True,
             )
-        self._daemons[name] = daemon
-        return daemon
 
     def _wait_for(self, daemon: str, ready: Callable[[], object], timeout: float = 30) -> None:
         """Wait until a daemon is ready; if it dies or takes too long, quote its log."""
@@ -414,8 +415,11 @@ class SlurmCluster:
             if process.returncode is not None:
                 raise SlurmClusterError(f"{daemon} ended with {process.returncode}")
         except SlurmClusterError as error:
-            log = self.folder.joinpath(f"{daemon}.log").read_text(errors="replace")
-            raise SlurmClusterError(f"{error}; its log ends:\n{log[-2000:]}") from None
+            raise SlurmClusterError(f"{error}; {self._log_end(daemon)}") from None
+
+    def _log_end(self, daemon: str) -> str:
+        log = self.folder.joinpath(f"{daemon}.log").read_text(errors="replace")
+        return f"its log ends:\n{log[-2000:]}"
 
     def _plain_env(self) -> dict[str, str]:
         return {"PATH": SEARCH_PATH, "LANG": "C.UTF-8", **self.env}

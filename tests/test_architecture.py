@@ -26,7 +26,7 @@ ROWS: list[list[str]] = [
 STRANGERS = {"checkpoint", "scheduler", "data"}
 #: One module for each third-party package.
 HOMES = {
-    "yaml": "config",
+    "yaml": "config/yaml_text.py",
     "msgspec": "config",
     "rich": "display",
     "submitit": "scheduler/launcher.py",

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpcresume import config
+from hpcresume.config import schema
 from hpcresume.errors import ConfigError, NotFound
 
 NOTHING: dict[str, str] = {"HPCRESUME_SITE": os.devnull}
@@ -52,7 +53,7 @@ def errors(load: Load) -> Callable[..., list[str]]:
 quick = settings(
     database=None,
     deadline=None,
-    max_examples=60,
+    max_examples=40,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
@@ -136,7 +137,7 @@ def _structs() -> list[type[msgspec.Struct]]:
 
 
 def test_every_field_is_followed_by_its_docstring() -> None:
-    tree = ast.parse(Path(config.__file__).read_text())
+    tree = ast.parse(Path(schema.__file__).read_text())
     names = {struct.__name__ for struct in _structs()}
     classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name in names]
     bare = [
@@ -795,7 +796,7 @@ def _assert_config_or_config_error(load_it: Callable[[], config.RunConfig]) -> N
     assert sentences.encode()
 
 
-@settings(quick, max_examples=200)
+@settings(quick, max_examples=100)
 @given(st.text() | pieces)
 def test_any_text_as_file_gives_a_configuration_or_config_error(load: Load, text: str) -> None:
     _assert_config_or_config_error(lambda: load(text.encode(errors="surrogatepass")))
@@ -807,7 +808,7 @@ def test_any_bytes_as_file_give_a_configuration_or_config_error(load: Load, data
     _assert_config_or_config_error(lambda: load(data))
 
 
-@settings(quick, max_examples=200)
+@settings(quick, max_examples=100)
 @given(
     st.lists(
         pieces

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from hpcresume.scheduler import slurm_text
 from hpcresume.scheduler.frozen_options import frozen_options
 from hpcresume.scheduler.job import JobInfo, JobState
+
+CAPTURES = Path(__file__).parent / "captures" / "slurm-22.05"
 
 QUEUE = """\
 4|PENDING|Dependency||1795253807|1795261007|hpcresume:x:0002
@@ -44,6 +48,7 @@ JobId=4 JobName=na|me Partition=x
    RunTime=00:00:01 TimeLimit=00:30:00 TimeMin=N/A
    SubmitTime=1795253747 EligibleTime=1795253747
    StartTime=1795253748 EndTime=1795255548 Deadline=N/A
+   PreemptEligibleTime=1795253748 PreemptTime=None
    Partition=main AllocNode:Sid=localhost:4199
    ReqNodeList=(null) ExcNodeList=k[1-2]
    NodeList=k[3-4]
@@ -203,6 +208,35 @@ def test_the_controller_does_not_know_who_cancelled() -> None:
     assert slurm_text.job_of_fields(slurm_text.parse_job(text)).cancelled_by == "unknown"
 
 
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("scontrol-cancelled", JobState.CANCELLED),
+        ("scontrol-completed", JobState.COMPLETED),
+        ("scontrol-dependent", JobState.PENDING),
+        ("scontrol-failed", JobState.FAILED),
+        ("scontrol-held", JobState.PENDING),
+        ("scontrol-node-fail", JobState.NODE_FAIL),
+        ("scontrol-preempted", JobState.PREEMPTED),
+        ("scontrol-requeued-pending", JobState.PENDING),
+        ("scontrol-requeued-running", JobState.RUNNING),
+        ("scontrol-timeout", JobState.TIMEOUT),
+    ],
+)
+def test_the_controllers_records_are_understood(name: str, state: JobState) -> None:
+    fields = slurm_text.parse_job(CAPTURES.joinpath(f"{name}.txt").read_text())
+    job = slurm_text.job_of_fields(fields)
+    assert (job.state, job.id) == (state, fields["JobId"])
+    assert (job.exit_code is not None) == state.ended
+
+
+def test_a_job_that_left_in_its_grace_time_was_preempted_although_slurm_says_failed() -> None:
+    text = JOB.replace("JobState=RUNNING", "JobState=FAILED")
+    text = text.replace("PreemptTime=None", "PreemptTime=1795255531")
+    job = slurm_text.job_of_fields(slurm_text.parse_job(text))
+    assert (job.state, job.raw_state) == (JobState.PREEMPTED, "FAILED")
+
+
 def test_the_real_options_of_a_job_are_long_options() -> None:
     assert set(frozen_options(slurm_text.parse_job(JOB), {})) == {
         "--partition=main",
@@ -246,6 +280,13 @@ def test_memory_for_each_gpu_displaces_the_default_for_each_cpu() -> None:
     options = frozen_options(slurm_text.parse_job(JOB + more), {})
     assert {"--cpus-per-gpu=3", "--mem-per-gpu=100", "--gpus-per-task=1"} <= set(options)
     assert not [o for o in options if o.startswith(("--mem-per-cpu", "--cpus-per-task", "--mem="))]
+
+
+def test_gpus_that_were_asked_for_on_each_node_are_asked_for_the_same_way() -> None:
+    inside = {"SLURM_JOB_ID": "4", "SLURM_GPUS_PER_NODE": "a100:1"}
+    options = frozen_options(slurm_text.parse_job(JOB), inside)
+    assert "--gpus-per-node=a100:1" in options
+    assert not [o for o in options if o.startswith("--gres")]
 
 
 def test_resources_are_read_in_the_words_of_later_versions_too() -> None:

@@ -1,0 +1,45 @@
+"""The configuration of a run: every setting with its unit and default, and where values come from.
+
+`submit` calls `load`, which merges layers, the later winning: the site's file, the user's file,
+the run's file, SBATCH_* variables, the flags of the command line, `--set`. The result is frozen
+into the run directory with `dump`; a link reads that alone, with `read_frozen`. Whatever is wrong
+is said at once: one ConfigError, one sentence for each finding, naming file and line.
+
+Imports point one way: loading -> variables -> layers -> schema, loading -> checks -> advice ->
+schema, changes -> schema. times, yaml_text and wording know no setting and serve all of them.
+"""
+
+from __future__ import annotations
+
+from hpcresume.config.changes import difference
+from hpcresume.config.loading import default_path, dump, from_mapping, load, read_frozen
+from hpcresume.config.schema import (
+    ChainConfig,
+    CheckpointConfig,
+    ContainerConfig,
+    LogConfig,
+    RunConfig,
+    SchedulerConfig,
+    check_complete,
+    to_mapping,
+)
+from hpcresume.config.times import format_time, parse_time
+
+__all__ = [
+    "ChainConfig",
+    "CheckpointConfig",
+    "ContainerConfig",
+    "LogConfig",
+    "RunConfig",
+    "SchedulerConfig",
+    "check_complete",
+    "default_path",
+    "difference",
+    "dump",
+    "format_time",
+    "from_mapping",
+    "load",
+    "parse_time",
+    "read_frozen",
+    "to_mapping",
+]

@@ -1,0 +1,172 @@
+"""The settings of a run: each with its type, its default, and under it what it means.
+
+`checks` holds values against these structs before they are made; `advice` reads out of them what
+a message may propose.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from hpcresume.errors import ConfigError
+
+_AtLeast0 = Annotated[int, msgspec.Meta(ge=0)]
+_AtLeast1 = Annotated[int, msgspec.Meta(ge=1)]
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+_NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+_Line = Annotated[
+    str, msgspec.Meta(pattern=r"\A[^\0\r\n]+\Z", description="non-empty text on one line")
+]
+_Name = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"\A[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\Z",
+        description="at most 100 letters, digits, '.', '_' and '-', not starting with '.' or '-'",
+    ),
+]
+
+
+class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When checkpoints are saved, and how many are kept. The rules add up: any of them saves."""
+
+    steps: _AtLeast1 | None = None
+    """Save every so many steps; null: not by steps."""
+    minutes: _Positive | None = 30.0
+    """Save when so many minutes have passed since the last save; null: not by time."""
+    each_epoch: bool = True
+    """Save at the end of every epoch."""
+    keep_last: _AtLeast1 = 5
+    """How many of the newest checkpoints are kept."""
+    keep_best: _AtLeast0 = 1
+    """How many of the best checkpoints are kept besides, where the training names a metric."""
+
+
+class ChainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one job follows another, and the budgets that end the chain."""
+
+    mode: Literal["auto", "prequeue", "resubmit", "requeue"] = "auto"
+    """How the next job gets into the queue; auto: what suits the cluster."""
+    ahead: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
+    """How many jobs wait behind the running one."""
+    max_links: _AtLeast1 | None = None
+    """Stop after so many links; null: no limit."""
+    max_hours: _Positive | None = None
+    """Stop when the links together have run so many hours; null: no limit."""
+    no_progress_links: _AtLeast1 = 3
+    """Stop after so many links in a row that committed no new step."""
+    max_crashes: _AtLeast0 = 3
+    """Stop after more than so many crashes without progress between them."""
+    lead_s: _NotNegative | None = None
+    """Seconds before the job's end at which saving starts; null: learned from measured saves."""
+
+
+class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The container that the ranks run in. The supervisor stays outside."""
+
+    image: _Line
+    """Path or name of the image, as the runtime wants it."""
+    runtime: Literal["apptainer", "singularity", "pyxis"] = "apptainer"
+    """The program that starts the container."""
+    mounts: list[_Line] = msgspec.field(default_factory=list)
+    """Directories to mount, each as the runtime wants it ("/data:/data:ro")."""
+    args: list[str] = msgspec.field(default_factory=list)
+    """More arguments for the runtime, one word each."""
+    python: _Line = "python3"
+    """The interpreter inside the image."""
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What each job of the chain asks the scheduler for; null leaves it to the scheduler."""
+
+    cluster: Literal["auto", "slurm", "local", "debug"] = "auto"
+    """Where jobs run; auto: Slurm where sbatch is found, this machine otherwise."""
+    time: _Line | None = None
+    """Time limit of one job, in any form of sbatch: minutes, "02:00:00", "1-12"; see parse_time."""
+    nodes: _AtLeast1 = 1
+    """Nodes of one job."""
+    tasks_per_node: _AtLeast1 = 1
+    """Ranks on each node."""
+    cpus_per_task: _AtLeast1 | None = None
+    """CPU cores of each rank."""
+    gpus_per_node: _AtLeast0 | _Line | None = None
+    """GPUs on each node: a number, or sbatch's "type:number"."""
+    mem: _Line | None = None
+    """Memory on each node, as for sbatch --mem: "64G"; a bare number is MiB."""
+    partition: _Line | None = None
+    """Partition, or several with commas."""
+    account: _Line | None = None
+    """Account that is charged."""
+    qos: _Line | None = None
+    """Quality of service."""
+    constraint: _Line | None = None
+    """Node features that are asked for."""
+    exclude: _Line | None = None
+    """Nodes never to be used, as for sbatch --exclude."""
+    setup: list[str] = msgspec.field(default_factory=list)
+    """Shell lines that run before the link starts: "module load cuda"."""
+    container: ContainerConfig | None = None
+    """The container for the ranks; null: none."""
+    sbatch: dict[str, _Line | int | float | bool | None] = msgspec.field(default_factory=dict)
+    """Other sbatch options by their long names, without dashes before them ("mail-type: END").
+
+    true or null gives a bare flag; false drops what an earlier layer asked for.
+    """
+    grace_s: _NotNegative = 10.0
+    """Local jobs only: seconds from TERM to KILL."""
+
+
+class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the training writes down."""
+
+    every_steps: _AtLeast1 = 100
+    """A line of progress every so many steps."""
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """The least severe message that is written."""
+
+
+class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One run, as it was asked for; see `load`."""
+
+    name: _Name | None = None
+    """The run's name and directory; null: chosen by whoever submits it."""
+    train: str = ""
+    """The training function: "file.py:func" or "package.module:func"; ":train" may be left out."""
+    args: dict[str, Any] = msgspec.field(default_factory=dict)
+    """What the training function finds in `session.args`; any keys, any JSON values."""
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] = 0
+    """Seed of all random number generators (NumPy's takes 32 bits)."""
+    max_steps: _AtLeast1 | None = None
+    """The training is complete after so many optimizer steps..."""
+    epochs: _AtLeast1 | None = None
+    """...or after so many passes over the data, whichever comes first."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time; may be slower."""
+    resume: Literal["auto", "ask", "never"] = "auto"
+    """What a new start does with checkpoints that are there already."""
+    checkpoint: CheckpointConfig = msgspec.field(default_factory=CheckpointConfig)
+    """When to save, what to keep."""
+    chain: ChainConfig = msgspec.field(default_factory=ChainConfig)
+    """How jobs follow each other."""
+    scheduler: SchedulerConfig = msgspec.field(default_factory=SchedulerConfig)
+    """What each job asks for."""
+    log: LogConfig = msgspec.field(default_factory=LogConfig)
+    """What is written down."""
+
+
+def check_complete(config: RunConfig) -> None:
+    """Raise ConfigError where something is missing that a run cannot be submitted without."""
+    findings = []
+    if not config.train:
+        findings.append("'train' is missing; expected 'file.py:function' or 'module:function'.")
+    if config.max_steps is None and config.epochs is None:
+        findings.append("'max_steps' and 'epochs' are both missing; expected at least one of them.")
+    if findings:
+        raise ConfigError("\n".join(findings))
+
+
+def to_mapping(config: RunConfig) -> dict[str, Any]:
+    """All settings as plain values, in the order of their declaration."""
+    mapping: dict[str, Any] = msgspec.to_builtins(config)
+    return mapping

@@ -1,0 +1,457 @@
+"""The chain on a real Slurm: jobs that are really cut, and the same bytes at the end.
+
+Jobs have a limit of one minute, the shortest that Slurm knows; a configured lead time makes them
+leave after some seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from oracle import (
+    ENVIRON,
+    assert_equivalent,
+    fingerprint,
+    hpcresume,
+    merged,
+    project,
+    train_uncut,
+)
+from slurm_cluster import SlurmCluster
+
+from hpcresume.journal import LinkRecords, read_chain
+from hpcresume.run_dir import RunDir
+
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(240)]
+REPOSITORY = Path(__file__).parents[1]
+#: Each link trains for some seconds: 60 s of limit less this lead time.
+LEAD_S = 48
+SHORT = {
+    "args": {"pause_s": 0.25},
+    "chain": {"lead_s": LEAD_S},
+    "scheduler": {"time": "00:01:00", "cluster": "slurm"},
+}
+
+QUICKER = {"args": {"pause_s": 0.06}}
+
+
+class Chain:
+    """A run on the test cluster."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path, name: str = "run") -> None:
+        self.cluster = cluster
+        self.folder = folder
+        self.run = RunDir(folder / "runs" / name)
+
+    def command(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        return hpcresume(*argv, cwd=self.folder, **self.cluster.env)
+
+    def submit(self, *argv: str) -> Chain:
+        done = self.command("submit", *argv)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return self
+
+    def wait(self, what: Callable[[list[LinkRecords]], Any], timeout: float = 120) -> Any:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            found = what(read_chain(self.run))
+            if found:
+                return found
+            time.sleep(0.1)
+        raise AssertionError(f"timed out\n{self.story()}")
+
+    def started(self, number: int = 1, step: int = 0) -> LinkRecords:
+        """A link, once it trains and has committed a step."""
+
+        def look(links: list[LinkRecords]) -> LinkRecords | None:
+            for link in links:
+                if link.number >= number and link.last("started"):
+                    saved = link.last("saved")
+                    if not step or (saved and int(saved["step"]) >= step):
+                        return link
+            return None
+
+        return self.wait(look)
+
+    def completed(self, timeout: float = 120) -> None:
+        self.wait(lambda links: any(link.last("completed") for link in links), timeout)
+        self.nothing_queued()
+
+    def ended(self, timeout: float = 60) -> dict[str, Any]:
+        """The record of the decision that ended the chain."""
+
+        def look(links: list[LinkRecords]) -> Any:
+            decided = [r for link in links for r in link.all("decided")]
+            return next((r for r in decided if r["decision"] == "stop"), None)
+
+        found = self.wait(look, timeout)
+        self.nothing_queued()
+        return dict(found)
+
+    def nothing_queued(self) -> None:
+        deadline = time.monotonic() + 40
+        while mine := [j for j in self.cluster.queue() if j["name"] == self.run.name]:
+            assert time.monotonic() < deadline, f"left in the queue: {mine}\n{self.story()}"
+            time.sleep(0.2)
+
+    def status(self) -> dict[str, Any]:
+        done = self.command("status", self.run.name, "--json")
+        return dict(json.loads(done.stdout)["runs"][0])
+
+    def story(self) -> str:
+        hidden = ("v", "kind", "link", "traceback")
+        lines = [
+            f"{link.number}: {r['kind']} { ({k: v for k, v in r.items() if k not in hidden}) }"
+            for link in read_chain(self.run)
+            for r in link.records
+            if r["kind"] != "saved"
+        ]
+        for path in sorted(self.run.jobs.glob("*.log")):
+            lines.append(f"== {path.name}\n{path.read_text(errors='replace')[-1500:]}")
+        return "\n".join([*lines, str(self.cluster.queue())])
+
+
+@pytest.fixture
+def cluster(slurm: SlurmCluster) -> Iterator[SlurmCluster]:
+    yield slurm
+    slurm.cancel_all()
+    for node in slurm.nodes:
+        slurm.node_resume(node)
+    slurm.wait_idle()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "it's a project"
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return train_uncut(tmp_path_factory.mktemp("uncut"))
+
+
+def new_chain(cluster: SlurmCluster, folder: Path, **changes: Any) -> Chain:
+    project(folder, **merged(SHORT, changes))
+    return Chain(cluster, folder)
+
+
+# ---- the main job --------------------------------------------------------------------------
+
+QUICK = ("--set", "max_steps=100", "--set", "args.batch_size=4", "--set", "args.context=32")
+
+
+def quickstart_uncut(folder: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "examples/quickstart.py", "--config", "configs/quickstart.yaml"]
+        + ["--runs", str(folder), *QUICK],
+        env=ENVIRON,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return fingerprint(RunDir(folder / "quickstart"))
+
+
+def cut_short(folder: Path) -> Path:
+    """A copy of the quickstart whose steps last long enough for three jobs."""
+    (folder / "configs").mkdir(parents=True)
+    (folder / "examples").mkdir()
+    text = (REPOSITORY / "examples" / "quickstart.py").read_text()
+    slower = text.replace(
+        "    for batch in session.steps(loader):\n",
+        "    for batch in session.steps(loader):\n        __import__('time').sleep(0.25)\n",
+    )
+    assert slower != text
+    (folder / "examples" / "quickstart.py").write_text(slower)
+    config = (REPOSITORY / "configs" / "quickstart.yaml").read_text()
+    (folder / "configs" / "quickstart.yaml").write_text(config)
+    return folder
+
+
+def check_quickstart(chain: Chain, expected: dict[str, Any]) -> None:
+    chain.completed()
+    jobs = [str(link.claim["job"]) for link in read_chain(chain.run)]
+    assert len(jobs) >= 3, chain.story()
+    assert len(set(jobs)) == len(jobs)
+    assert json.loads(chain.run.trainer_state.read_text())["completed"] is True
+    for job in jobs:
+        wait_for_row(chain.cluster, job, "COMPLETED")
+    assert_equivalent(chain.run, expected)
+
+
+def wait_for_row(cluster: SlurmCluster, job: str, state: str) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        rows = cluster.sacct(job)
+        if rows and rows[0]["State"].startswith(state):
+            return
+        assert time.monotonic() < deadline, rows
+        time.sleep(0.3)
+
+
+def test_the_quickstart_is_chained_over_three_jobs_and_bit_identical_to_the_uncut_run(
+    cluster: SlurmCluster, folder: Path, tmp_path: Path
+) -> None:
+    chain = Chain(cluster, cut_short(folder), "quickstart")
+    lead = ("--set", f"chain.lead_s={LEAD_S}")
+    chain.submit("--time=00:01:00", "--cluster=slurm", *QUICK, *lead)
+    check_quickstart(chain, quickstart_uncut(tmp_path / "uncut"))
+
+
+def test_an_ordinary_user_gets_the_same_bytes(
+    cluster: SlurmCluster, folder: Path, uncut: dict[str, Any]
+) -> None:
+    python, path = ordinary_python(cluster.user)
+    home = Path(pwd.getpwnam(cluster.user).pw_dir)
+    home = cluster.home if not home.is_dir() else home
+    work = project(home / "a project", **SHORT)
+    owned_by(work, cluster.user)
+    argv = [python, "-m", "hpcresume", "submit"]
+    environ = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HPCRESUME_SITE": os.devnull}
+    setting = [f"{name}={value}" for name, value in environ.items()]
+    shell = ["env", "-C", str(work), *setting]
+    cluster.run(*shell, *argv, user=cluster.user)
+    chain = Chain(cluster, work)
+    chain.completed()
+    assert len(read_chain(chain.run)) >= 3, chain.story()
+    assert {j["User"] for j in cluster.sacct(1, "User") if j["User"]}
+    assert_equivalent(chain.run, uncut)
+
+
+def ordinary_python(user: str) -> tuple[str, str]:
+    """A Python that an ordinary user may execute, and its path to our packages."""
+    site = next(p for p in sys.path if p.endswith("site-packages"))
+    path = f"{REPOSITORY}:{site}"
+    version = f"python3.{sys.version_info.minor}"
+    for python in (sys.executable, f"/usr/bin/{version}"):
+        done = subprocess.run(
+            [python, "-c", "import hpcresume.session"],
+            env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin"},
+            user=user,
+            extra_groups=[],
+            cwd="/",
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode == 0:
+            return python, path
+    pytest.skip(f"no {version} that {user} may execute: apt-get install -y python3")
+
+
+def owned_by(folder: Path, user: str) -> None:
+    account = pwd.getpwnam(user)
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, account.pw_uid, account.pw_gid)
+
+
+# ---- whatever kills a link -------------------------------------------------------------------
+
+
+def kill_step(chain: Chain, link: LinkRecords) -> None:
+    chain.cluster.run("scancel", "--signal=KILL", f"{link.claim['job']}.0")
+
+
+def kill_rank(chain: Chain, link: LinkRecords) -> None:
+    pattern = f"hpcresume rank {chain.run.path} --link {link.number}"
+    found = subprocess.run(
+        ["pgrep", "-f", re.escape(pattern)], capture_output=True, text=True, check=False
+    )
+    pids = [int(pid) for pid in found.stdout.split()]
+    # srun carries the same words in its own command line.
+    ranks = [p for p in pids if "srun" not in Path(f"/proc/{p}/comm").read_text()]
+    assert ranks
+    os.kill(ranks[0], signal.SIGKILL)
+
+
+def kill_supervisor(chain: Chain, link: LinkRecords) -> None:
+    os.kill(int(link.claim["pid"]), signal.SIGKILL)
+
+
+def set_node_down(chain: Chain, link: LinkRecords) -> None:
+    chain.cluster.node_down(str(link.claim["nodes"]))
+
+
+@pytest.mark.parametrize("cut", [kill_step, kill_rank, kill_supervisor, set_node_down])
+def test_a_chain_goes_on_by_itself_and_ends_with_the_same_bytes_after(
+    cluster: SlurmCluster,
+    folder: Path,
+    uncut: dict[str, Any],
+    cut: Callable[[Chain, LinkRecords], None],
+) -> None:
+    chain = new_chain(cluster, folder, chain={"lead_s": 30}, **QUICKER).submit()
+    cut(chain, chain.started(step=18))
+    chain.completed()
+    links = read_chain(chain.run)
+    assert len(links) >= 2, chain.story()
+    assert_equivalent(chain.run, uncut)
+
+
+def test_a_link_that_dies_before_its_first_line_is_survived_by_the_spare_one(
+    cluster: SlurmCluster, folder: Path, uncut: dict[str, Any], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    setup = [f"rm '{broken}' 2>/dev/null && exit 3", "true"]
+    chain = new_chain(cluster, folder, scheduler={"setup": setup}).submit()
+    chain.started()
+    broken.touch()
+    chain.completed()
+    assert not broken.exists()
+    links = read_chain(chain.run)
+    first, second = links[0].claim["job"], links[1].claim["job"]
+    assert int(second) == int(first) + 2, "the job between them died before it could claim"
+    assert_equivalent(chain.run, uncut)
+
+
+def test_two_ranks_on_two_nodes_give_the_same_bytes_after_a_cut(
+    cluster: SlurmCluster, folder: Path
+) -> None:
+    nodes = {"scheduler": {"nodes": 2}}
+    whole = new_chain(cluster, folder / "whole", chain={"lead_s": 0}, **nodes)
+    whole.run = RunDir(folder / "whole" / "runs" / "whole")
+    whole.submit("--name=whole", "--set=args.pause_s=0")
+    cut = new_chain(cluster, folder / "cut", **nodes).submit()
+    kill_rank(cut, cut.started(step=18))
+    whole.completed()
+    cut.completed()
+    assert len(read_chain(whole.run)) == 1
+    assert len(read_chain(cut.run)) >= 3, cut.story()
+    assert_equivalent(cut.run, fingerprint(whole.run))
+
+
+# ---- the end of a chain ----------------------------------------------------------------------
+
+
+def test_scancel_of_the_running_link_ends_the_chain_and_status_says_who(
+    cluster: SlurmCluster, folder: Path
+) -> None:
+    chain = new_chain(cluster, folder, chain={"lead_s": 5}).submit()
+    cluster.run("scancel", str(chain.started(step=9).claim["job"]))
+    assert "cancelled by root" in chain.ended()["reason"]
+    status = chain.status()
+    assert (status["state"], status["queued"]) == ("stopped", [])
+    assert "cancelled by root" in status["why"]
+    assert status["checkpoint_step"] >= 9
+
+
+def test_scancel_of_the_successor_alone_ends_the_chain_after_this_link(
+    cluster: SlurmCluster, folder: Path
+) -> None:
+    chain = new_chain(cluster, folder).submit()
+    chain.started(step=9)
+    waiting = chain.status()["queued"]
+    assert len(waiting) == 2
+    cluster.run("scancel", waiting[0])
+    reason = chain.ended()["reason"]
+    assert waiting[0] in reason
+    assert "cancelled by root" in reason
+    assert len(read_chain(chain.run)) == 1, "the link went on to its own deadline, and no further"
+    assert read_chain(chain.run)[0].last("stop_asked")["reason"].startswith("deadline")
+    assert chain.status()["state"] == "stopped"
+
+
+def test_hpcresume_cancel_ends_the_chain_and_resume_goes_on_with_it(
+    cluster: SlurmCluster, folder: Path, uncut: dict[str, Any]
+) -> None:
+    chain = new_chain(cluster, folder, chain={"lead_s": 30}).submit()
+    chain.started(step=9)
+    done = chain.command("cancel", "run", "--yes")
+    assert done.returncode == 0, done.stderr
+    chain.ended()
+    status = chain.status()
+    assert status["state"] == "stopped"
+    assert "cancelled by root" in status["why"]
+    assert chain.command("resume", "run").returncode == 0
+    chain.completed()
+    assert_equivalent(chain.run, uncut)
+
+
+def test_without_accounting_a_cancelled_chain_ends_with_user_unknown(folder: Path) -> None:
+    with SlurmCluster(accounting=False) as plain:
+        chain = new_chain(plain, folder, chain={"lead_s": 5}).submit()
+        plain.run("scancel", str(chain.started(step=9).claim["job"]))
+        assert "user unknown" in chain.ended()["reason"]
+        assert "user unknown" in chain.status()["why"]
+
+
+# ---- other ways to begin and to go on --------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["resubmit", "requeue"])
+def test_the_other_ways_chain_as_well(
+    cluster: SlurmCluster, folder: Path, uncut: dict[str, Any], mode: str
+) -> None:
+    chain = new_chain(cluster, folder, chain={"mode": mode, "lead_s": 50}).submit()
+    chain.completed(180)
+    links = read_chain(chain.run)
+    assert len(links) >= 2, chain.story()
+    jobs = {link.claim["job"] for link in links}
+    assert len(jobs) == (1 if mode == "requeue" else len(links))
+    assert_equivalent(chain.run, uncut)
+
+
+def test_sbatch_of_a_users_script_chains_with_the_options_of_the_command_line(
+    cluster: SlurmCluster, folder: Path, uncut: dict[str, Any]
+) -> None:
+    chain = new_chain(cluster, folder)
+    text = (REPOSITORY / "slurm" / "train.sbatch").read_text()
+    text = text.replace("configs/quickstart.yaml", "hpcresume.yaml")
+    text = text.replace("exec hpcresume", f"exec {sys.executable} -m hpcresume")
+    (folder / "train.sbatch").write_text(text)
+    options = ("-p", "high", "--time=00:01:00", "--job-name=run", "--mem=1000")
+    environ = {**ENVIRON, **cluster.env}
+    for expected in (0, 9):
+        done = subprocess.run(
+            ["sbatch", "--parsable", *options, "train.sbatch"],
+            cwd=folder,
+            env=environ,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        job = done.stdout.strip()
+        if not expected:
+            chain.wait(lambda links: any(link.last("started") for link in links))
+            continue
+        # A second sbatch of a run that is live leaves at once, with 9.
+        wait_for_row(cluster, job, "FAILED")
+        assert cluster.sacct(job)[0]["ExitCode"] == "9:0"
+    chain.completed()
+    jobs = [str(link.claim["job"]) for link in read_chain(chain.run)]
+    assert len(jobs) >= 3, chain.story()
+    for job in jobs:
+        row = cluster.sacct(job, "Partition", "TimelimitRaw", "ReqMem")[0]
+        assert (row["Partition"], row["TimelimitRaw"]) == ("high", "1"), row
+        assert row["ReqMem"].startswith("1000M"), row
+    assert_equivalent(chain.run, uncut)
+
+
+def test_a_limit_above_the_partitions_is_refused_at_submit(
+    cluster: SlurmCluster, folder: Path
+) -> None:
+    chain = new_chain(cluster, folder)
+    done = chain.command("submit", "--time=03:00:00")
+    assert done.returncode == 4
+    assert "above the limit of partition main" in done.stderr
+    assert not chain.run.path.exists()
+
+
+def test_slurms_refusal_is_shown_verbatim(cluster: SlurmCluster, folder: Path) -> None:
+    chain = new_chain(cluster, folder)
+    done = chain.command("submit", "-p", "nowhere")
+    assert done.returncode in (4, 6), done.stderr
+    assert "nowhere" in done.stderr
+    done = chain.command("submit", "--name=two", "--sbatch", "constraint=martian")
+    assert done.returncode in (4, 6), done.stderr

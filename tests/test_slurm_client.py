@@ -1,0 +1,519 @@
+"""How Slurm's clients fail, with fake ones on PATH: what is asked again, and what is not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpcresume.config import SchedulerConfig
+from hpcresume.errors import SubmissionRejected, Unavailable
+from hpcresume.scheduler import slurm, slurm_clients
+from hpcresume.scheduler.job import JobSpec, JobState
+from hpcresume.scheduler.slurm import SlurmScheduler, available
+
+REFUSED = "sbatch: error: Batch job submission failed: Invalid partition name specified"
+TIMED_OUT = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+FORGOTTEN = "sbatch: error: Batch job submission failed: Job dependency problem"
+NO_ACCOUNTING = "Slurm accounting storage is disabled"
+NO_CONTROLLER = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+UNKNOWN_ID = "slurm_load_jobs error: Invalid job id specified"
+
+
+class Cluster:
+    """Programs named like Slurm's, each a few lines of shell, and what they were called with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bin = folder / "bin"
+        self.bin.mkdir(parents=True)
+        self.environ = {"PATH": f"{self.bin}:/usr/bin:/bin", "SLURM_CONF": "/etc/slurm.conf"}
+        for name in ("squeue", "scontrol", "sacct", "scancel"):
+            self.program(name, "exit 0")
+
+    def program(self, name: str, body: str) -> None:
+        """`$N` is the number of the call, from 1 on; `calls` are counted before the body runs."""
+        path = self.bin / name
+        log = self.folder / f"{name}.calls"
+        path.write_text(
+            "#!/bin/bash\n"
+            f"(printf '%s\\x1f' \"$@\"; echo) >> '{log}'\n"
+            f"env > '{self.folder}/{name}.env'\n"
+            f"N=$(wc -l < '{log}')\n"
+            f"{body}\n"
+        )
+        path.chmod(0o755)
+
+    def answers(self, name: str, *bodies: str) -> None:
+        """A different body for each call; the last one for all that follow."""
+        cases = [f"  {n}) {body} ;;" for n, body in enumerate(bodies[:-1], 1)]
+        self.program(name, "\n".join(["case $N in", *cases, f"  *) {bodies[-1]} ;;", "esac"]))
+
+    def calls(self, name: str) -> list[list[str]]:
+        path = self.folder / f"{name}.calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line.split("\x1f")[:-1] for line in lines]
+
+    def environ_of(self, name: str) -> dict[str, str]:
+        lines = self.folder.joinpath(f"{name}.env").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+class PlainLauncher:
+    """Writes the script and hands it to sbatch, without submitit."""
+
+    def launch(
+        self,
+        spec: JobSpec,
+        text_of: Callable[[Sequence[str], Sequence[str]], str],
+        sbatch: Callable[[Path], str],
+    ) -> str:
+        path = spec.run / "job.sh"
+        path.write_text(text_of(["true"], []))
+        return sbatch(path)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    monkeypatch.setattr(slurm, "_SUBMIT_PAUSES_S", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(slurm, "_CANCEL_POLL_S", 0.01)
+    return Cluster(tmp_path / "cluster")
+
+
+def scheduler(cluster: Cluster, **config: Any) -> SlurmScheduler:
+    return SlurmScheduler(
+        SchedulerConfig(**config), environ=cluster.environ, launcher=PlainLauncher()
+    )
+
+
+def spec(cluster: Cluster, **changes: Any) -> JobSpec:
+    fields: dict[str, Any] = {
+        "name": "toy",
+        "token": "hpcresume:toy:1",
+        "run": cluster.folder,
+        "log": cluster.folder / "%j.log",
+        "workdir": cluster.folder,
+        "environment": {"PATH": cluster.environ["PATH"], "MINE": "1"},
+    }
+    return JobSpec(**{**fields, **changes})
+
+
+def refuse(words: str, code: int = 1) -> str:
+    return f"echo '{words}' >&2; exit {code}"
+
+
+def queued(*rows: str) -> str:
+    return "; ".join(f"echo '{row}'" for row in rows) or ":"
+
+
+# ---- submitting
+
+
+def test_a_submission_gives_the_job_id(cluster: Cluster) -> None:
+    cluster.program("sbatch", "echo '12;cluster'")
+    assert scheduler(cluster).submit(spec(cluster)) == "12"
+
+
+def test_a_refusal_is_raised_with_slurms_words_and_not_tried_again(cluster: Cluster) -> None:
+    cluster.program("sbatch", refuse(REFUSED))
+    with pytest.raises(SubmissionRejected, match=r"failed: Invalid partition name specified$"):
+        scheduler(cluster).submit(spec(cluster))
+    assert len(cluster.calls("sbatch")) == 1
+
+
+def test_a_job_that_was_taken_although_sbatch_timed_out_is_found_by_its_token(
+    cluster: Cluster,
+) -> None:
+    cluster.program("sbatch", refuse(TIMED_OUT))
+    cluster.program("squeue", queued("7|PENDING|None||N/A|N/A|hpcresume:toy:1"))
+    assert scheduler(cluster).submit(spec(cluster)) == "7"
+    assert len(cluster.calls("sbatch")) == 1
+
+
+def test_a_job_of_another_token_is_not_taken_for_it(cluster: Cluster) -> None:
+    cluster.answers("sbatch", refuse(TIMED_OUT), "echo 8")
+    cluster.program("squeue", queued("7|PENDING|None||N/A|N/A|hpcresume:toy:2"))
+    assert scheduler(cluster).submit(spec(cluster)) == "8"
+
+
+def test_an_sbatch_that_hangs_is_killed_and_called_again(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(slurm_clients._TIMEOUT_S, "sbatch", 0.5)
+    cluster.answers("sbatch", "sleep 60", "echo 9")
+    assert scheduler(cluster).submit(spec(cluster)) == "9"
+    assert len(cluster.calls("sbatch")) == 2
+
+
+def test_a_controller_that_never_answers_is_unavailable_after_three_tries(
+    cluster: Cluster,
+) -> None:
+    cluster.program("sbatch", refuse(TIMED_OUT))
+    cluster.program("squeue", refuse(NO_CONTROLLER))
+    with pytest.raises(Unavailable, match="Socket timed out"):
+        scheduler(cluster).submit(spec(cluster))
+    assert len(cluster.calls("sbatch")) == 3
+
+
+def test_of_a_job_that_was_taken_twice_the_younger_one_is_cancelled(cluster: Cluster) -> None:
+    both = ["7|PENDING|None||N/A|N/A|hpcresume:toy:1", "8|PENDING|None||N/A|N/A|hpcresume:toy:1"]
+    cluster.answers("sbatch", refuse(TIMED_OUT), "echo 8")
+    # Searched in vain; then both are there; then the younger one before and after its end.
+    cluster.answers("squeue", ":", queued(*both), queued(both[1]), ":")
+    assert scheduler(cluster).submit(spec(cluster)) == "7"
+    assert cluster.calls("scancel") == [["8"]]
+
+
+def test_a_missing_sbatch_is_unavailable(cluster: Cluster) -> None:
+    cluster.environ["PATH"] = f"{cluster.bin}:/nonexistent"
+    with pytest.raises(Unavailable, match="sbatch"):
+        scheduler(cluster).submit(spec(cluster, environment=cluster.environ))
+
+
+def test_a_dependency_on_a_forgotten_job_does_not_stop_the_submission(cluster: Cluster) -> None:
+    cluster.answers("sbatch", refuse(FORGOTTEN), "echo 9")
+    cluster.program("squeue", queued("7|COMPLETED|None||N/A|N/A|x"))
+    assert scheduler(cluster).submit(spec(cluster), after=["6", "7"]) == "9"
+    assert "--dependency=afterany:7" in cluster.calls("sbatch")[1]
+
+
+def test_a_dependency_on_forgotten_jobs_alone_is_left_out(cluster: Cluster) -> None:
+    cluster.answers("sbatch", refuse(FORGOTTEN), "echo 9")
+    cluster.program("squeue", refuse(UNKNOWN_ID))
+    assert scheduler(cluster).submit(spec(cluster), after=["6"]) == "9"
+    assert "--dependency=" in cluster.calls("sbatch")[1]
+
+
+def test_a_dependency_that_slurm_knows_and_refuses_is_a_refusal(cluster: Cluster) -> None:
+    cluster.program("sbatch", refuse(FORGOTTEN))
+    cluster.program("squeue", queued("6|RUNNING|None||N/A|N/A|x"))
+    with pytest.raises(SubmissionRejected, match="dependency problem"):
+        scheduler(cluster).submit(spec(cluster), after=["6"])
+    assert len(cluster.calls("sbatch")) == 1
+
+
+def test_a_submission_has_the_frozen_environment_and_no_trace_of_a_running_job(
+    cluster: Cluster,
+) -> None:
+    cluster.program("sbatch", "echo 1")
+    inherited = {"SLURM_JOB_ID": "3", "SBATCH_PARTITION": "x", "RANK": "1", "HPCRESUME_RANK": "1"}
+    frozen = {**spec(cluster).environment, **inherited, "HPCRESUME_JOB": "9"}
+    scheduler(cluster).submit(spec(cluster, environment=frozen))
+    seen = cluster.environ_of("sbatch")
+    assert seen["MINE"] == "1"
+    assert seen["SLURM_CONF"] == "/etc/slurm.conf"
+    assert not {*inherited, "HPCRESUME_JOB", "SLURM_TIME_FORMAT"} & seen.keys()
+
+
+def test_a_users_own_script_gets_its_real_options_and_then_the_chains(cluster: Cluster) -> None:
+    cluster.program("sbatch", "echo 1")
+    own = cluster.folder / "train it.sbatch"
+    options = ("--partition=gpu", "--exclude=n1", "--time=10:00")
+    wanted = spec(
+        cluster, script=own, script_options=options, time_s=60, exclude_nodes=("n2",), signal_s=30
+    )
+    scheduler(cluster, exclude="n[3-4]").submit(wanted, after=["5", "6"])
+    (arguments,) = cluster.calls("sbatch")
+    assert arguments[:3] == ["--parsable", "--partition=gpu", "--time=10:00"]
+    assert arguments[-1] == str(own)
+    assert {
+        "--comment=hpcresume:toy:1",
+        "--dependency=afterany:5:6",
+        "--exclude=n1,n[3-4],n2",
+        "--no-requeue",
+        "--open-mode=append",
+        "--signal=B:USR2@30",
+    } <= set(arguments)
+    assert arguments.index("--time=00:01:00") > arguments.index("--time=10:00")
+
+
+def test_what_sbatch_would_say_is_passed_on(cluster: Cluster) -> None:
+    cluster.program("sbatch", "cat > /dev/null; echo 'sbatch: Job 5 to start at T' >&2")
+    assert scheduler(cluster).test_only(spec(cluster)) == "sbatch: Job 5 to start at T"
+    cluster.program("sbatch", refuse(REFUSED))
+    with pytest.raises(SubmissionRejected, match="Invalid partition"):
+        scheduler(cluster).test_only(spec(cluster))
+
+
+# ---- asking
+
+
+def test_questions_are_asked_with_unix_times_and_none_of_the_users_filters(
+    cluster: Cluster,
+) -> None:
+    cluster.environ |= {"SQUEUE_STATES": "RUNNING", "SLURM_TIME_FORMAT": "relative"}
+    scheduler(cluster).find("hpcresume:")
+    seen = cluster.environ_of("squeue")
+    assert seen["SLURM_TIME_FORMAT"] == "%s"
+    assert "SQUEUE_STATES" not in seen
+
+
+def test_only_jobs_with_our_token_are_found_oldest_first(cluster: Cluster) -> None:
+    cluster.program(
+        "squeue",
+        queued(
+            "12|PENDING|Dependency||N/A|N/A|hpcresume:a|b:2",
+            "9|RUNNING|None|n1|100|200|hpcresume:a|b:1",
+            "8|RUNNING|None|n1|100|200|another",
+            "7|RUNNING|None|n1|100|200|hpcresume:abc:1",
+        ),
+    )
+    found = scheduler(cluster).find("hpcresume:a|b:")
+    assert [job.id for job in found] == ["9", "12"]
+    (arguments,) = cluster.calls("squeue")
+    assert {"--all", f"--user={os.getuid()}"} <= set(arguments)
+
+
+def test_a_job_in_a_state_that_nobody_knows_is_found(cluster: Cluster) -> None:
+    cluster.program("squeue", queued("9|EXPEDITING|None||N/A|N/A|hpcresume:a:1"))
+    (job,) = scheduler(cluster).find("hpcresume:a:")
+    assert (job.state, job.raw_state) == (JobState.UNKNOWN, "EXPEDITING")
+
+
+def test_a_hanging_squeue_is_unavailable_in_time(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(slurm_clients._TIMEOUT_S, "squeue", 0.3)
+    cluster.program("squeue", "sleep 60")
+    began = time.monotonic()
+    with pytest.raises(Unavailable, match=r"no answer in 0\.3 s"):
+        scheduler(cluster).find("hpcresume:")
+    assert time.monotonic() - began < 5
+
+
+def test_the_end_of_a_job_that_is_gone_is_none(cluster: Cluster) -> None:
+    cluster.program("squeue", refuse(UNKNOWN_ID))
+    assert scheduler(cluster).end_time("9") is None
+
+
+def test_a_job_in_the_queue_is_not_looked_up_elsewhere(cluster: Cluster) -> None:
+    cluster.program("squeue", queued("9|RUNNING|None|n1|100|200|t"))
+    assert scheduler(cluster).state(["9"])["9"].state is JobState.RUNNING
+    assert cluster.calls("sacct") == []
+
+
+def test_a_completing_job_is_what_the_accounting_says_it_ends_as(cluster: Cluster) -> None:
+    cluster.program("squeue", queued("9|COMPLETING|None|n1|100|200|t"))
+    cluster.program("sacct", queued(f"9|CANCELLED by {os.getuid()}|0:0|n1|100|150|90"))
+    job = scheduler(cluster).state(["9"])["9"]
+    assert job.state is JobState.CANCELLED
+    name = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout
+    assert job.cancelled_by == name.strip()
+
+
+def test_a_canceller_without_a_name_is_told_by_uid(cluster: Cluster) -> None:
+    cluster.program("squeue", refuse(UNKNOWN_ID))
+    cluster.program("sacct", queued("9|CANCELLED by 4012345|0:0|n1|100|150|90"))
+    assert scheduler(cluster).state(["9"])["9"].cancelled_by == "4012345"
+
+
+@pytest.mark.parametrize("record", ["RUNNING", "REQUEUED"])
+def test_a_completing_job_completes_as_long_as_no_end_is_recorded(
+    cluster: Cluster, record: str
+) -> None:
+    cluster.program("squeue", queued("9|COMPLETING|None|n1|100|200|t"))
+    cluster.program("sacct", queued(f"9|{record}|0:0|n1|100|Unknown|90"))
+    assert scheduler(cluster).state(["9"])["9"].state is JobState.COMPLETING
+
+
+def test_without_accounting_the_controller_is_asked_and_it_is_said_once(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.program("squeue", refuse(UNKNOWN_ID))
+    cluster.program("sacct", refuse(NO_ACCOUNTING))
+    cluster.program("scontrol", "printf 'JobId=9 JobName=x\\n   JobState=CANCELLED Reason=None\\n'")
+    one = scheduler(cluster)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            job = one.state(["9"])["9"]
+    assert (job.state, job.cancelled_by) == (JobState.CANCELLED, "unknown")
+    assert [r.message for r in caplog.records if NO_ACCOUNTING in r.message] == [
+        f"sacct: {NO_ACCOUNTING}. Why a job ended is then less certain."
+    ]
+    assert len(cluster.calls("sacct")) == 1
+
+
+def test_a_missing_sacct_is_no_error(cluster: Cluster) -> None:
+    cluster.program("squeue", refuse(UNKNOWN_ID))
+    cluster.bin.joinpath("sacct").unlink()
+    cluster.environ["PATH"] = f"{cluster.bin}:{_shell_only(cluster)}"
+    assert scheduler(cluster).state(["9"])["9"].state is JobState.UNKNOWN
+
+
+def _shell_only(cluster: Cluster) -> Path:
+    """A folder with what the fakes need and no real client of Slurm."""
+    folder = cluster.folder / "shell"
+    folder.mkdir()
+    for name in ("bash", "env", "wc", "cat", "sleep"):
+        folder.joinpath(name).symlink_to(f"/usr/bin/{name}")
+    return folder
+
+
+def test_an_id_that_nobody_knows_is_unknown(cluster: Cluster) -> None:
+    cluster.program("squeue", refuse(UNKNOWN_ID))
+    cluster.program("scontrol", refuse(UNKNOWN_ID))
+    assert scheduler(cluster).state(["9"])["9"].state is JobState.UNKNOWN
+
+
+def test_an_end_is_asked_for_once(cluster: Cluster) -> None:
+    cluster.program("squeue", refuse(UNKNOWN_ID))
+    cluster.program("sacct", queued("9|TIMEOUT|0:0|n1|100|150|90"))
+    one = scheduler(cluster)
+    for _ in range(3):
+        assert one.state(["9"])["9"].state is JobState.TIMEOUT
+    assert len(cluster.calls("sacct")) == 1
+
+
+def test_what_is_no_end_is_not_asked_for_again_at_once(cluster: Cluster) -> None:
+    cluster.program("squeue", queued("9|COMPLETING|None|n1|100|200|t"))
+    cluster.program("sacct", queued("9|RUNNING|0:0|n1|100|Unknown|90"))
+    one = scheduler(cluster)
+    for _ in range(5):
+        one.state(["9"])
+    assert len(cluster.calls("sacct")) == 1
+
+
+def test_the_end_of_an_earlier_life_is_forgotten_when_the_job_lives_again(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm_clients, "_RECORD_AGE_S", 0.0)
+    running = queued("9|RUNNING|None|n1|100|200|t")
+    cluster.answers("squeue", refuse(UNKNOWN_ID), running, refuse(UNKNOWN_ID))
+    failed = "9|NODE_FAIL|0:0|n1|100|150|90"
+    cluster.answers("sacct", queued(failed), queued(failed, "9|COMPLETED|0:0|n1|170|180|160"))
+    one = scheduler(cluster)
+    states = [one.state(["9"])["9"].state for _ in range(3)]
+    assert states == [JobState.NODE_FAIL, JobState.RUNNING, JobState.COMPLETED]
+
+
+def test_a_failure_that_the_controller_calls_a_preemption_is_one(cluster: Cluster) -> None:
+    cluster.program("squeue", refuse(UNKNOWN_ID))
+    cluster.program("sacct", queued("9|FAILED|15:0|n1|100|150|90"))
+    cluster.program("scontrol", "printf 'JobId=9 JobName=x\\n   PreemptTime=140\\n'")
+    assert scheduler(cluster).state(["9"])["9"].state is JobState.PREEMPTED
+
+
+def test_the_accounting_answers_while_the_controller_is_down(cluster: Cluster) -> None:
+    cluster.program("squeue", refuse(NO_CONTROLLER))
+    cluster.program("sacct", queued("9|TIMEOUT|0:0|n1|100|150|90"))
+    assert scheduler(cluster).state(["9"])["9"].state is JobState.TIMEOUT
+
+
+def test_a_job_without_an_end_is_unavailable_while_the_controller_is_down(
+    cluster: Cluster,
+) -> None:
+    cluster.program("squeue", refuse(NO_CONTROLLER))
+    cluster.program("sacct", queued("9|RUNNING|0:0|n1|100|Unknown|90"))
+    with pytest.raises(Unavailable, match="Unable to contact slurm controller"):
+        scheduler(cluster).state(["9"])
+
+
+def test_a_script_that_slurm_does_not_give_is_refused(cluster: Cluster) -> None:
+    cluster.program("scontrol", refuse("job script retrieval failed: Invalid job id", code=0))
+    with pytest.raises(SubmissionRejected, match="retrieval failed"):
+        scheduler(cluster).frozen_script("9")
+
+
+# ---- changing
+
+
+def test_nodes_are_excluded_besides_those_that_already_are(cluster: Cluster) -> None:
+    cluster.program("scontrol", "printf 'JobId=9 JobName=x\\n   ReqNodeList= ExcNodeList=n1\\n'")
+    scheduler(cluster).update("9", exclude_nodes=["n2"], begin_delay_s=60)
+    assert cluster.calls("scontrol")[1] == [
+        *("update", "JobId=9", "ExcNodeList=n1,n2", "StartTime=now+60")
+    ]
+
+
+def test_a_change_that_slurm_refuses_is_a_refusal(cluster: Cluster) -> None:
+    cluster.program("scontrol", refuse("Job is no longer pending execution for job 9"))
+    with pytest.raises(SubmissionRejected, match="no longer pending"):
+        scheduler(cluster).update("9", begin_delay_s=60)
+
+
+def test_requeueing_a_job_that_is_pending_again_is_no_error(cluster: Cluster) -> None:
+    cluster.program("scontrol", refuse("Job is pending execution for job 9"))
+    scheduler(cluster).update("9", requeue=True)
+
+
+def test_requeueing_where_it_is_forbidden_is_a_refusal(cluster: Cluster) -> None:
+    cluster.program("scontrol", refuse("Requested operation is presently disabled for job 9"))
+    with pytest.raises(SubmissionRejected, match="presently disabled"):
+        scheduler(cluster).update("9", requeue=True)
+
+
+def test_pending_jobs_are_cancelled_before_running_ones(cluster: Cluster) -> None:
+    running, pending = "9|RUNNING|None|n1|1|2|t", "10|PENDING|Dependency||N/A|N/A|t"
+    cluster.answers("squeue", queued(running, pending), queued(running), ":")
+    scheduler(cluster).cancel(["9", "10"])
+    assert cluster.calls("scancel") == [["10"], ["9"]]
+
+
+def test_a_successor_that_started_meanwhile_is_cancelled_as_well(cluster: Cluster) -> None:
+    rows = ["10|PENDING|None||N/A|N/A|t", "10|RUNNING|None|n1|1|2|t", "10|COMPLETING|None|n1|1|2|t"]
+    cluster.answers("squeue", *(queued(row) for row in rows))
+    scheduler(cluster).cancel(["10"])
+    assert cluster.calls("scancel") == [["10"], ["10"]]
+
+
+def test_cancelling_jobs_that_have_ended_is_no_error(cluster: Cluster) -> None:
+    cluster.program("squeue", refuse(UNKNOWN_ID))
+    scheduler(cluster).cancel(["9"])
+    scheduler(cluster).cancel([])
+    assert cluster.calls("scancel") == []
+
+
+def test_a_job_that_may_not_be_cancelled_is_said_at_once(cluster: Cluster) -> None:
+    cluster.program("squeue", queued("9|RUNNING|None|n1|1|2|t"))
+    denied = "scancel: error: Kill job error on job id 9: Access/permission denied"
+    cluster.program("scancel", refuse(denied))
+    with pytest.raises(Unavailable, match="denied"):
+        scheduler(cluster).cancel(["9"])
+
+
+def test_a_job_that_does_not_go_is_given_up_after_a_while(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "_CANCEL_S", 0.2)
+    cluster.program("squeue", queued("9|RUNNING|None|n1|1|2|t"))
+    with pytest.raises(Unavailable, match="Jobs 9 could not be cancelled"):
+        scheduler(cluster).cancel(["9"])
+
+
+# ---- partitions
+
+
+PARTITIONS = """printf '
+PartitionName=short Default=YES MaxTime=02:00:00
+PartitionName=long Default=NO MaxTime=7-00:00:00
+PartitionName=free Default=NO MaxTime=UNLIMITED
+'"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer"),
+    [
+        (None, ("short", 7200)),
+        ("long", ("long", 7 * 86400)),
+        ("short,long", ("long", 7 * 86400)),
+        ("short,free", ("free", None)),
+        ("nope", None),
+    ],
+)
+def test_a_partition_has_a_name_and_a_limit(
+    cluster: Cluster, asked: str | None, answer: tuple[str, int | None] | None
+) -> None:
+    cluster.program("scontrol", PARTITIONS)
+    assert scheduler(cluster).partition_limit_s(asked) == answer
+
+
+def test_a_machine_can_submit_where_sbatch_is_on_the_path(cluster: Cluster) -> None:
+    assert not available({"PATH": str(cluster.bin)})
+    cluster.program("sbatch", "exit 0")
+    assert available({"PATH": str(cluster.bin)})
