@@ -7,6 +7,8 @@ from top to bottom (first match wins), `link` applies what it says.
 from __future__ import annotations
 
 import enum
+import errno
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +38,12 @@ class Cause(enum.Enum):
 #: reason that nothing is ever committed.
 PLANNED = frozenset({Cause.DEADLINE, Cause.TIME_LIMIT, Cause.PREEMPTED})
 
+#: Ends that the code itself may have caused: they are charged to the crash budget, and the same
+#: one twice is blamed on the code.
+CRASHES = frozenset({Cause.EXCEPTION, Cause.KILLED, Cause.OUT_OF_MEMORY})
+
+_OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
@@ -50,8 +58,11 @@ class Failure:
 
     @property
     def signature(self) -> tuple[str, str, int]:
-        """Equal for the same exception at the same step."""
-        return self.type, self.message, self.step
+        """Equal for the same exception at the same step.
+
+        Without the message where memory ran out: it tells how much was free just then.
+        """
+        return self.type, "" if self.type in _OUT_OF_MEMORY else self.message, self.step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +125,14 @@ def decide(history: Sequence[PastLink], budgets: Budgets) -> Decision:
         where = ", ".join(last.nodes) or "unknown"
         return _go_on(last, f"a node failed ({where}); on other nodes", exclude=last.nodes)
     if cause is Cause.STORAGE:
-        row = _trailing(history, lambda link: link.cause is Cause.STORAGE)
+        # The wait grows while nothing is committed; a link that got further begins the row anew.
+        row = _trailing(history, lambda link: link.cause is cause and not link.progressed) or 1
         delay = min(_STORAGE_DELAY_S[0] * 2 ** (row - 1), _STORAGE_DELAY_S[1])
         return _go_on(last, f"the storage failed: {last.detail}", delay_s=delay)
     if cause in PLANNED:
         return _go_on(last, _PLANNED_WORDS[cause])
-    crashes = _trailing(history, lambda link: not link.progressed and link.cause not in PLANNED)
-    if crashes > budgets.max_crashes:
+    crashes = sum(link.cause in CRASHES for link in _idle(history))
+    if cause in CRASHES and crashes > budgets.max_crashes:
         return Decision(
             kind="stop",
             reason=f"{crashes} links failed without a newly committed step between them (allowed: "
@@ -157,14 +169,15 @@ def _terminal(last: PastLink) -> Decision | None:
         return Decision(kind="stop", reason=last.detail or "stop was asked for", cause=last.cause)
     if last.cause is Cause.CONFIGURATION:
         message = last.failure.message if last.failure else last.detail
-        return Decision(kind="stop", reason=message, cause=last.cause)
+        reason = message or "the configuration or the checkpoint does not fit"
+        return Decision(kind="stop", reason=reason, cause=last.cause)
     return None
 
 
 def _out_of_budget(history: Sequence[PastLink], budgets: Budgets) -> Decision | None:
     last = history[-1]
     hours = sum(link.seconds for link in history) / 3600
-    idle = _trailing(history, lambda link: not link.progressed)
+    idle = len(_idle(history))
     if budgets.max_links is not None and len(history) >= budgets.max_links:
         reason = f"{len(history)} links are used up (max_links: {budgets.max_links})"
     elif budgets.max_hours is not None and hours >= budgets.max_hours:
@@ -181,20 +194,27 @@ def _out_of_budget(history: Sequence[PastLink], budgets: Budgets) -> Decision | 
 
 
 def _same_failure(history: Sequence[PastLink]) -> Decision | None:
-    if len(history) < 2:
-        return None
-    last, before = history[-1], history[-2]
-    if last.failure is None or before.failure is None or last.progressed:
-        return None
-    if last.failure.signature != before.failure.signature:
-        return None
+    last = history[-1]
     failure = last.failure
-    return Decision(
-        kind="stop",
-        reason=f"the same exception at the same step, twice, without progress between: it is the "
-        f"code ({failure.type}: {failure.message} in step {failure.step})",
-        cause=last.cause,
-    )
+    if failure is None or last.cause not in CRASHES or last.progressed:
+        return None
+    for link in reversed(history[:-1]):
+        same = link.failure is not None and link.failure.signature == failure.signature
+        if same and link.cause in CRASHES:
+            return Decision(
+                kind="stop",
+                reason=f"the same exception at the same step, twice, without progress between: it "
+                f"is the code ({failure.type}: {failure.message} in step {failure.step})",
+                cause=last.cause,
+            )
+        if link.progressed:
+            break
+    return None
+
+
+def _idle(history: Sequence[PastLink]) -> Sequence[PastLink]:
+    """The links at the end of a history that committed nothing new."""
+    return history[len(history) - _trailing(history, lambda link: not link.progressed) :]
 
 
 def _trailing(history: Sequence[PastLink], match: Callable[[PastLink], bool]) -> int:
@@ -264,16 +284,33 @@ def cause_of(evidence: Evidence) -> tuple[Cause, str]:
     return Cause.UNKNOWN, "nothing is known about its end"
 
 
+#: How Python's OSError and Rust's libraries (safetensors) tell an error number.
+_ERRNO = re.compile(r"^\[Errno (\d+)\]|\(os error (\d+)\)")
+#: A disk that is full, or a file system that has gone away: NFS and Lustre give the later ones.
+_STORAGE_ERRORS = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EIO,
+        errno.EROFS,
+        errno.ESTALE,
+        errno.EREMOTEIO,
+        errno.ENOTCONN,
+        errno.ESHUTDOWN,
+        errno.ETIMEDOUT,
+    }
+)
+
+
 def _failure_cause(failure: Failure) -> Cause:
     if failure.exit_code == 9:
         return Cause.FENCED
     if failure.exit_code in (2, 4, 7):
         return Cause.CONFIGURATION
-    if failure.type in ("OutOfMemoryError", "MemoryError"):
+    if failure.type in _OUT_OF_MEMORY:
         return Cause.OUT_OF_MEMORY
-    if failure.type in ("OSError", "Unavailable") and any(
-        word in failure.message for word in ("No space left", "Disk quota", "Stale file", "Input/o")
-    ):
+    code = _ERRNO.search(failure.message)
+    if failure.exit_code == 5 or (code is not None and int(code[1] or code[2]) in _STORAGE_ERRORS):
         return Cause.STORAGE
     return Cause.EXCEPTION
 

@@ -96,18 +96,25 @@ class LineWriter:
 
     A line is one `write`, so that a reader sees it whole or not at all but for the last line of a
     killed writer, which `read_lines` passes over. An append after such a torn line starts afresh.
+    What a full disk refused is kept and written first by the next append, from where it was cut.
     """
 
     def __init__(self, path: Path, mode: int = 0o600) -> None:
         self.path = path
+        self._unwritten = bytearray()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, mode)
         size = os.fstat(self._fd).st_size
-        if size and os.pread(self._fd, 1, size - 1) != b"\n":
-            write_all(self._fd, b"\n")
+        if not size:
+            # A line that is synced is worth nothing while the file's name is not.
+            fsync_dir(path.parent)
+        elif os.pread(self._fd, 1, size - 1) != b"\n":
+            self._unwritten += b"\n"
 
     def append(self, *records: Any, sync: bool = False) -> None:
         """Append one line for each record; with `sync` they survive a power loss on return."""
-        write_all(self._fd, b"".join(to_json(record) for record in records))
+        self._unwritten += b"".join(to_json(record) for record in records)
+        while self._unwritten:
+            del self._unwritten[: os.write(self._fd, self._unwritten)]
         if sync:
             os.fsync(self._fd)
 

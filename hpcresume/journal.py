@@ -2,7 +2,8 @@
 
 A link has two journals because a journal has one writer: the supervisor's and rank 0's. Readers
 merge them along the chain; of a link that a newer one has followed, only as much is read as the
-newer claim adopted. What a fenced link writes later is therefore never read.
+newer claim adopted (of its metrics as well). What a fenced link writes later is therefore never
+read.
 
 A record is `{v, t, kind, link, job, …}`; `t` is Unix seconds, durations are seconds from a
 monotonic clock. Kinds: submitted claimed queued started restored saved save_failed quarantined
@@ -11,6 +12,7 @@ stop_asked ended decided changed completed cancelled.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcresume import files
-from hpcresume.run_dir import RunDir
+from hpcresume.run_dir import LinkDir, RunDir
 
 VERSION = 1
 Record = dict[str, Any]
@@ -66,35 +68,40 @@ def read_submissions(run: RunDir) -> list[Record]:
 
 def read_link(run: RunDir, number: int) -> LinkRecords:
     """One link's records, as far as the chain has adopted them."""
-    successor = files.read_json_or_none(run.link(number + 1).claim) or {}
-    return _read(run, number, successor.get("adopted"))
+    link = run.link(number)
+    return _read(link, _read_claim(link), _read_claim(run.link(number + 1)))
 
 
 def read_chain(run: RunDir) -> list[LinkRecords]:
     """All links, in order."""
-    numbers = run.link_numbers()
-    claims = {n: files.read_json_or_none(run.link(n).claim) or {} for n in numbers}
-    return [_read(run, n, claims.get(n + 1, {}).get("adopted"), claims[n]) for n in numbers]
+    claims = {number: _read_claim(run.link(number)) for number in run.link_numbers()}
+    return [_read(run.link(n), claim, claims.get(n + 1, {})) for n, claim in claims.items()]
 
 
-def _read(
-    run: RunDir,
-    number: int,
-    adopted: Mapping[str, Any] | None,
-    claim: Mapping[str, Any] | None = None,
-) -> LinkRecords:
-    link = run.link(number)
-    limits = adopted or {}
-    records: list[Record] = []
-    for path, limit in (
-        (link.journal, limits.get("journal")),
-        (link.training, limits.get("training")),
-    ):
-        records += [r for r in files.read_lines(path, limit) if _is_record(r)]
-    # Both writers share a host and so a clock; the sort is stable within each.
-    records.sort(key=lambda record: float(record["t"]))
-    content = claim if claim is not None else files.read_json_or_none(link.claim) or {}
-    return LinkRecords(number, content, records)
+def _read_claim(link: LinkDir) -> Mapping[str, Any]:
+    claim = files.read_json_or_none(link.claim)
+    return claim if isinstance(claim, dict) else {}
+
+
+def _read(link: LinkDir, claim: Mapping[str, Any], successor: Mapping[str, Any]) -> LinkRecords:
+    timed: list[tuple[float, Record]] = []
+    for path in (link.journal, link.training):
+        now = -math.inf
+        for record in files.read_lines(path, _adopted_bytes(successor, path)):
+            if _is_record(record):
+                # Both writers share a host and so a clock, which may jump back: the order within
+                # a file stands, whatever its times say.
+                now = max(now, record["t"])
+                timed.append((now, record))
+    timed.sort(key=lambda item: item[0])
+    return LinkRecords(link.number, claim, [record for _, record in timed])
+
+
+def _adopted_bytes(successor: Mapping[str, Any], path: Path) -> int | None:
+    """How much of a link's file the claim after it adopted; None for all, where there is none."""
+    adopted = successor.get("adopted")
+    limit = adopted.get(path.stem) if isinstance(adopted, dict) else None
+    return limit if isinstance(limit, int) and limit >= 0 else None
 
 
 def _is_record(value: Any) -> bool:
@@ -169,4 +176,6 @@ def read_metrics(run: RunDir, over: Lineage | None = None) -> Iterator[Record]:
     for segment in over.segments:
         yield from files.read_lines(run.link(segment.link).metrics, segment.metrics_bytes)
     if over.link:
-        yield from files.read_lines(run.link(over.link).metrics)
+        path = run.link(over.link).metrics
+        successor = _read_claim(run.link(over.link + 1))
+        yield from files.read_lines(path, _adopted_bytes(successor, path))

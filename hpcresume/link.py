@@ -585,12 +585,15 @@ class _Supervisor:
         if not waiting:
             waiting = [self._submit([self.job.job_id], decision)]
         elif decision.delay_s or decision.exclude_nodes:
-            for id in waiting[:1]:
+            try:
                 self.scheduler.update(
-                    id,
+                    waiting[0],
                     exclude_nodes=decision.exclude_nodes or None,
                     begin_delay_s=decision.delay_s or None,
                 )
+            except (SubmissionRejected, Unavailable) as error:
+                # It lives, and goes on as it was queued.
+                log.warning("%s", error)
         log.info("next: job %s", waiting[0])
 
     def _requeue(self, decision: Decision) -> None:

@@ -34,8 +34,9 @@ from hpcresume import files
 from hpcresume.config import RunConfig, dump
 from hpcresume.errors import HpcResumeError, NotFound
 
-_LINK = re.compile(r"\d{4,}")
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+#: Only the names that `RunDir` itself gives: another spelling of a number is something else.
+_LINK = re.compile(r"[0-9]{4}|[1-9][0-9]{4,}")
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
@@ -239,12 +240,12 @@ class RunDir:
             private = self.links / f".claim.{os.getpid()}.{secrets.token_hex(4)}"
             private.mkdir(mode=0o700)
             content = dict(claim, link=target.number, adopted=self._sizes(before))
-            files.write_new(private / target.claim.name, files.to_json(content, indent=2))
-            files.fsync_dir(private)
             try:
+                files.write_new(private / target.claim.name, files.to_json(content, indent=2))
+                files.fsync_dir(private)
                 os.rename(private, target.path)
             except OSError:
-                shutil.rmtree(private)
+                shutil.rmtree(private, ignore_errors=True)
                 if not target.path.exists():
                     raise
                 continue
@@ -257,6 +258,7 @@ class RunDir:
             "link": number,
             "journal": files.size_or_zero(link.journal),
             "training": files.size_or_zero(link.training),
+            "metrics": files.size_or_zero(link.metrics),
         }
 
     def create(self, config: RunConfig, *, project: Path, versions: Mapping[str, str]) -> None:

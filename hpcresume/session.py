@@ -151,6 +151,7 @@ class Session:
         self.sync_gradients = True
 
         self._committed, self._saved_state = self._find_checkpoint()
+        self._tried_step = self.global_step
         self._lineage = self._adopt()
 
     # ---- what a training function calls -------------------------------------------------
@@ -474,9 +475,10 @@ class Session:
     def _save(self, reason: str) -> None:
         """Commit the state of this step boundary; on every rank, by the same step."""
         self._save_asked = None
-        committed = 0 if self._committed is None else self._committed.step
-        if self.global_step == committed:
+        if self.global_step == self._tried_step:
             return
+        # On every rank alike, also where rank 0's disk refuses: the gather needs them all.
+        self._tried_step = self.global_step
         states = self._ranks.gather(rng.capture())
         if self._berth.journal is None:
             return

@@ -27,6 +27,7 @@ from hpcresume.journal import (
     read_submissions,
 )
 from hpcresume.run_dir import RunDir
+from hpcresume.scheduler.environment import node_names
 from hpcresume.scheduler.job import JobInfo, JobState, Scheduler
 from hpcresume.scheduler.process import pid_alive
 
@@ -152,8 +153,14 @@ def past_link(story: Story, link: LinkRecords, job: JobInfo | None) -> PastLink:
         who=story.cancelled or (job.cancelled_by if job is not None else ""),
         detail=detail,
         seconds=max(times) - min(times),
-        nodes=tuple(link.claim.get("nodes", ())) if cause is Cause.NODE_FAILURE else (),
+        nodes=failed_nodes(link) if cause is Cause.NODE_FAILURE else (),
     )
+
+
+def failed_nodes(link: LinkRecords) -> tuple[str, ...]:
+    """The node to stay away from; of several nobody says here which one it was."""
+    names = node_names(str(link.claim.get("nodes") or ""))
+    return tuple(names) if len(names) == 1 else ()
 
 
 def _cause(word: str) -> Cause:

@@ -47,19 +47,23 @@ def restore(state: dict[str, Any]) -> None:
             import numpy
 
             name, keys, position, has_gauss, cached = state["numpy"]
+            if not 0 <= position <= len(keys):
+                # NumPy itself would read from there, beyond its own memory.
+                raise ValueError(f"position {position} of {len(keys)}")
             keys = numpy.array(keys, dtype=numpy.uint32)
             numpy.random.set_state((name, keys, position, has_gauss, cached))
-        if torch.cuda.is_available():
-            saved = state.get("cuda", [])
-            if len(saved) != torch.cuda.device_count():
-                raise CheckpointError(
-                    f"The checkpoint holds the random state of {len(saved)} GPUs, but "
-                    f"{torch.cuda.device_count()} are visible: start with as many."
-                )
+        saved = state.get("cuda", [])
+        visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if len(saved) != visible:
+            raise CheckpointError(
+                f"The checkpoint holds the random state of {len(saved)} GPUs, but {visible} are "
+                f"visible: start with as many."
+            )
+        if saved:
             torch.cuda.set_rng_state_all([_from_text(s) for s in saved])
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (AttributeError, LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as e:
         raise CheckpointError(
-            f"The random state of the checkpoint does not load: {error}"
+            f"The random state of the checkpoint does not load: {type(e).__name__}: {e}"
         ) from None
 
 

@@ -27,7 +27,7 @@ PLACE_VARIABLES = frozenset(
     }
 )
 #: Set by the local driver for its jobs; a job of Slurm must not inherit them.
-JOB_VARIABLES = frozenset({"HPCRESUME_JOB", "HPCRESUME_JOB_END"})
+JOB_VARIABLES = frozenset({"HPCRESUME_JOB", "HPCRESUME_JOB_KEY", "HPCRESUME_JOB_END"})
 
 
 @dataclass(frozen=True, kw_only=True)

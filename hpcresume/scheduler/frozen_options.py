@@ -64,7 +64,7 @@ def frozen_options(fields: Mapping[str, str], environ: Mapping[str, str]) -> tup
     ]
     options += _tasks(fields, environ if inside else None)
     options += _memory(fields)
-    options += _gres(fields)
+    options += _gres(fields, environ if inside else {})
     options += _layout(fields)
     sharing = _SHARING.get(fields.get("OverSubscribe", ""))
     contiguous = ["--contiguous"] if fields.get("Contiguous") == "1" else []
@@ -93,13 +93,18 @@ def _memory(fields: Mapping[str, str]) -> list[str]:
     return []
 
 
-def _gres(fields: Mapping[str, str]) -> list[str]:
+def _gres(fields: Mapping[str, str], environ: Mapping[str, str]) -> list[str]:
     options = []
+    gpus = environ.get("SLURM_GPUS_PER_NODE")
     for field, option in _GRES.items():
         entries = re.split(",(?=gres)", fields.get(field, ""))
         # "gres:gpu:a100:2" in 22.05, later with "/" after gres and perhaps "=" before the number.
         wanted = [entry[5:].replace("=", ":") for entry in entries if entry.startswith("gres")]
-        if option != "gres":
+        if option == "gres" and f"gpu:{gpus}" in wanted:
+            # --gres beside a --gpus-per-node in the script would be asked for twice.
+            wanted.remove(f"gpu:{gpus}")
+            options.append(f"--gpus-per-node={gpus}")
+        elif option != "gres":
             wanted = [entry.removeprefix("gpu:") for entry in wanted if entry.startswith("gpu:")]
         if wanted:
             options.append(f"--{option}={','.join(wanted)}")

@@ -74,8 +74,8 @@ class JobInfo:
 class JobSpec:
     """One job of a chain, ready to be submitted.
 
-    `command` is what the batch script executes as its last line, with exec. A `script` that a
-    user wrote (slurm/train.sbatch) takes the place of the rendered one.
+    What it executes is the scheduler's to know: Slurm has a launcher, the local one a command. A
+    `script` that a user wrote (slurm/train.sbatch) takes the place of the rendered one.
     """
 
     name: str

@@ -85,6 +85,11 @@ class _Executor(submitit.SlurmExecutor):
         self._text_of = text_of
         self._sbatch = sbatch
 
+    @classmethod
+    def affinity(cls) -> int:
+        # submitit looks for srun in its own process's PATH; ours is where `slurm` says.
+        return 2
+
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         return self._text_of(shlex.split(command), prepare_lines(self._spec))
 

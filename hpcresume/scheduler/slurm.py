@@ -12,13 +12,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from hpcresume.config import SchedulerConfig
 from hpcresume.errors import SubmissionRejected, Unavailable
 from hpcresume.scheduler import process, script, slurm_text
-from hpcresume.scheduler.environment import JOB_VARIABLES, PLACE_VARIABLES
+from hpcresume.scheduler.environment import JOB_VARIABLES, PLACE_VARIABLES, node_names
 from hpcresume.scheduler.frozen_options import frozen_options
 from hpcresume.scheduler.job import JobInfo, JobSpec, JobState
 from hpcresume.scheduler.slurm_clients import SlurmClients, is_end
@@ -30,6 +31,9 @@ _SUBMIT_PAUSES_S = (2.0, 5.0, 10.0)
 #: How long cancelled jobs may go on, before `cancel` gives up.
 _CANCEL_S = 30.0
 _CANCEL_POLL_S = 0.2
+
+#: sbatch's arguments for a job that is to start after others.
+_Arguments = Callable[[JobSpec, Sequence[str]], list[str]]
 
 
 class Launcher(Protocol):
@@ -72,12 +76,13 @@ class SlurmScheduler:
         """Queue a job that may start when all of `after` have ended; returns its id.
 
         Where sbatch got no answer, the queue is searched for the spec's token before it is called
-        again. Ids in `after` that Slurm has forgotten count as ended.
+        again. Ids in `after` that Slurm has forgotten count as ended, and nodes are excluded only
+        where Slurm takes the job without them.
         """
         if spec.script is not None:
             own = str(spec.script)
             return self._submit(
-                lambda known: [*script.script_arguments(spec, self._config, known), own],
+                lambda job, known: [*script.script_arguments(job, self._config, known), own],
                 spec,
                 after,
             )
@@ -86,19 +91,26 @@ class SlurmScheduler:
         def text_of(command: Sequence[str], prepare: Sequence[str]) -> str:
             return script.render(spec, self._config, command, after, prepare)
 
+        def arguments(job: JobSpec, known: Sequence[str]) -> list[str]:
+            """What takes the place of the wishes in the script, where they are given up."""
+            changed = []
+            if list(known) != list(after):
+                changed.append(f"--dependency={script.dependency(known)}")
+            if job.exclude_nodes != spec.exclude_nodes:
+                changed.append(f"--exclude={self._config.exclude or ''}")
+            return changed
+
         def sbatch(path: Path) -> str:
-            return self._submit(lambda known: [*_changed(known, after), str(path)], spec, after)
+            return self._submit(lambda *wishes: [*arguments(*wishes), str(path)], spec, after)
 
         return self._launcher.launch(spec, text_of, sbatch)
 
-    def _submit(
-        self, arguments: Callable[[Sequence[str]], list[str]], spec: JobSpec, after: Sequence[str]
-    ) -> str:
+    def _submit(self, arguments: _Arguments, spec: JobSpec, after: Sequence[str]) -> str:
         """Call sbatch until it is certain whether there is a job; see `submit`."""
         complaint = ""
         for attempt, pause_s in enumerate(_SUBMIT_PAUSES_S):
             try:
-                id = self._sbatch_after(arguments, spec, after)
+                id = self._sbatch_conceding(arguments, spec, after)
                 return self._only_one(id, spec.token) if attempt else id
             except Unavailable as error:
                 complaint = str(error)
@@ -110,23 +122,29 @@ class SlurmScheduler:
                     return self._only_one(job.id, spec.token)
         raise Unavailable(complaint)
 
-    def _sbatch_after(
-        self, arguments: Callable[[Sequence[str]], list[str]], spec: JobSpec, after: Sequence[str]
-    ) -> str:
-        """Submit; where Slurm refuses the dependency, once more without the ids it has forgotten.
+    def _sbatch_conceding(self, arguments: _Arguments, spec: JobSpec, after: Sequence[str]) -> str:
+        """Submit; where Slurm refuses it, once more without what the chain can do without.
 
-        Slurm refuses ids whose records are gone from 23.02 on; such jobs have ended.
+        That are ids whose records are gone, which Slurm refuses from 23.02 on (such jobs have
+        ended), and nodes to avoid, without which there may be too few.
         """
         try:
-            return self._sbatch(arguments(after), spec)
+            return self._sbatch(arguments(spec, after), spec)
         except SubmissionRejected as refusal:
-            if not after or "dependency" not in str(refusal).lower():
+            said = str(refusal).lower()
+            known = self._remembered(after) if "dependency" in said else list(after)
+            job = replace(spec, exclude_nodes=()) if "node" in said else spec
+            if known == list(after) and job == spec:
                 raise
-            jobs = self._clients.squeue("--states=all", f"--jobs={','.join(after)}")
-            known = [id for id in after if id in {job.id for job in jobs}]
-            if known == list(after):
-                raise
-        return self._sbatch(arguments(known), spec)
+            log.warning("%s. Trying again with fewer wishes.", refusal)
+        return self._sbatch(arguments(job, known), spec)
+
+    def _remembered(self, ids: Sequence[str]) -> list[str]:
+        """Those jobs that the controller still knows, ended or not."""
+        if not ids:
+            return []
+        jobs = self._clients.squeue("--states=all", f"--jobs={','.join(ids)}")
+        return [id for id in ids if id in {job.id for job in jobs}]
 
     def _sbatch(self, arguments: Sequence[str], spec: JobSpec) -> str:
         environ = self._submission_environ(spec)
@@ -229,14 +247,17 @@ class SlurmScheduler:
 
         Of several with commas the one with the longest limit. No limit is None.
         """
-        done = self._clients.call("scontrol", "--all", "show", "partition")
         names = partition.split(",") if partition else None
         limits = [
             (block["PartitionName"], slurm_text.limit_s(block.get("MaxTime", "")))
-            for block in slurm_text.parse_partitions(done.out)
+            for block in self._partitions()
             if (block["PartitionName"] in names if names else block.get("Default") == "YES")
         ]
         return max(limits, key=lambda limit: limit[1] or float("inf"), default=None)
+
+    def _partitions(self) -> list[dict[str, str]]:
+        done = self._clients.call("scontrol", "--all", "show", "partition")
+        return slurm_text.parse_partitions(done.out)
 
     def frozen_script(self, job_id: str) -> tuple[str, tuple[str, ...]]:
         """The batch script of a job and its real options, to submit the same job again.
@@ -263,12 +284,17 @@ class SlurmScheduler:
     ) -> None:
         """Change a pending job, or put a running one back into the queue.
 
-        Nodes are excluded besides those that already are.
+        Nodes are excluded besides those that already are; but not where too few would be left
+        for the job, which would wait for ever.
         """
         changes = []
         if exclude_nodes:
-            excluded = (self._clients.describe(id) or {}).get("ExcNodeList")
-            changes.append(f"ExcNodeList={script.joined(excluded, *exclude_nodes)}")
+            fields = self._clients.describe(id) or {}
+            excluded = script.joined(fields.get("ExcNodeList"), *exclude_nodes)
+            if self._enough_nodes(fields, excluded):
+                changes.append(f"ExcNodeList={excluded}")
+            else:
+                log.warning("Job %s may use %s again: other nodes are too few.", id, excluded)
         if begin_delay_s is not None:
             changes.append(f"StartTime=now+{begin_delay_s}")
         if changes:
@@ -276,6 +302,13 @@ class SlurmScheduler:
         if requeue:
             # A job that is pending again has what was wished for.
             self._control("requeue", id, unless="pending execution")
+
+    def _enough_nodes(self, fields: Mapping[str, str], excluded: str) -> bool:
+        """Whether a job's partitions have enough nodes without some; yes where that is unknown."""
+        needed = int(fields.get("NumNodes", "1").partition("-")[0])
+        names = fields.get("Partition", "").split(",")
+        totals = [int(p["TotalNodes"]) for p in self._partitions() if p["PartitionName"] in names]
+        return not totals or max(totals) - len(set(node_names(excluded))) >= needed
 
     def _control(self, *arguments: str, unless: str = "\n") -> None:
         done = self._clients.call("scontrol", *arguments)
@@ -302,8 +335,3 @@ class SlurmScheduler:
                 why = said or f"still alive after {_CANCEL_S:.0f} s"
                 raise Unavailable(f"Jobs {', '.join(ids)} could not be cancelled: {why}.")
             time.sleep(_CANCEL_POLL_S)
-
-
-def _changed(known: Sequence[str], after: Sequence[str]) -> list[str]:
-    """What takes the place of the dependency that stands in the script, where it is another."""
-    return [] if list(known) == list(after) else [f"--dependency={script.dependency(known)}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import pwd
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -35,9 +36,16 @@ class SlurmClients:
     def call(
         self, *argv: str, environ: Mapping[str, str] | None = None, text: str | None = None
     ) -> process.Completed:
-        """What a client answered, a refusal too. Raises Unavailable where Slurm did not answer."""
+        """What a client answered, a refusal too. Raises Unavailable where Slurm did not answer.
+
+        The client is this machine's, also where `environ` was frozen on another one.
+        """
+        program = shutil.which(argv[0], path=self._environ.get("PATH")) or argv[0]
         done = process.run(
-            argv, environ=environ or self._environ, timeout_s=_TIMEOUT_S[argv[0]], text=text
+            [program, *argv[1:]],
+            environ=environ or self._environ,
+            timeout_s=_TIMEOUT_S[argv[0]],
+            text=text,
         )
         complaint = slurm_text.words(done.err)
         unreached = done.code and slurm_text.says_no_answer(complaint)
@@ -74,8 +82,16 @@ class SlurmClients:
         due = [id for id in ids if self._is_due(id, now)]
         if due and now >= self._ask_records_after:
             self._asked |= dict.fromkeys(due, now)
-            self._records |= {id: lives[-1] for id, lives in self.records(due).items()}
+            self._records |= {id: self._told(life[-1]) for id, life in self.records(due).items()}
         return {id: self._records[id] for id in ids if id in self._records}
+
+    def _told(self, record: JobInfo) -> JobInfo:
+        """A record with what only the controller knows of a failure: that it was a preemption."""
+        if record.state is JobState.FAILED:
+            with contextlib.suppress(Unavailable):
+                if slurm_text.was_preempted(self.describe(record.id) or {}):
+                    return replace(record, state=JobState.PREEMPTED)
+        return record
 
     def _is_due(self, id: str, now: float) -> bool:
         if id in self._records and is_end(self._records[id]):

@@ -190,6 +190,8 @@ def parse_job(text: str) -> dict[str, str]:
 def job_of_fields(fields: Mapping[str, str]) -> JobInfo:
     """The job that `scontrol show job` described. It keeps no record of who cancelled it."""
     state, _ = state_of(fields["JobState"])
+    if state is JobState.FAILED and was_preempted(fields):
+        state = JobState.PREEMPTED
     reason = fields.get("Reason", "None")
     code, signal = _exit(fields.get("ExitCode", ""))
     return JobInfo(
@@ -208,10 +210,19 @@ def job_of_fields(fields: Mapping[str, str]) -> JobInfo:
     )
 
 
+def was_preempted(fields: Mapping[str, str]) -> bool:
+    """Whether a job was chosen for preemption.
+
+    If it then leaves within its grace time, before Slurm ends it, its state is FAILED or COMPLETED.
+    """
+    return fields.get("PreemptTime", "None") != "None"
+
+
 def parse_partitions(text: str) -> list[dict[str, str]]:
     """The partitions that `scontrol show partition` prints."""
     blocks = re.split(r"^(?=PartitionName=)", text, flags=re.MULTILINE)
-    pairs = ([word.partition("=") for word in block.split()] for block in blocks if block.strip())
+    named = (block for block in blocks if block.startswith("PartitionName="))
+    pairs = ([word.partition("=") for word in block.split()] for block in named)
     return [{name: value for name, _, value in block} for block in pairs]
 
 

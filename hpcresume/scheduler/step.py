@@ -102,10 +102,9 @@ def srun_command(
 ) -> list[str]:
     """srun and its options, but for the container's.
 
-    Memory and GPUs are the job's: srun takes them from the environment of the batch script, as
-    it takes everything that is not said here, so that no SLURM_* variable is removed for it.
+    Memory, GPUs and tasks per node are the job's: srun takes them from the environment of the
+    batch script, as it does all that is not said here. So no SLURM_* variable is removed for it.
     """
-    num_nodes = min(allocation.num_nodes, num_tasks)
     options = {
         "job-name": _STEP_NAME,
         "kill-on-bad-exit": 1,
@@ -113,11 +112,9 @@ def srun_command(
         "export": "ALL",
         "output": output,
         "open-mode": "append",
-        "nodes": num_nodes,
+        "nodes": min(allocation.num_nodes, num_tasks),
         "ntasks": num_tasks,
     }
-    if num_tasks % num_nodes == 0:
-        options["ntasks-per-node"] = num_tasks // num_nodes
     if environ.get("SLURM_CPUS_PER_TASK"):
         options["cpus-per-task"] = environ["SLURM_CPUS_PER_TASK"]
     return ["srun", "--unbuffered", *(f"--{name}={value}" for name, value in options.items())]
