@@ -130,7 +130,7 @@ def decide(history: Sequence[PastLink], budgets: Budgets) -> Decision:
         delay = min(_STORAGE_DELAY_S[0] * 2 ** (row - 1), _STORAGE_DELAY_S[1])
         return _go_on(last, f"the storage failed: {last.detail}", delay_s=delay)
     if cause in PLANNED:
-        return _go_on(last, _PLANNED_WORDS[cause])
+        return _go_on(last, f"{_PLANNED_WORDS[cause]}; step {last.committed_step} is committed")
     crashes = sum(link.cause in CRASHES for link in _idle(history))
     if cause in CRASHES and crashes > budgets.max_crashes:
         return Decision(
@@ -143,7 +143,7 @@ def decide(history: Sequence[PastLink], budgets: Budgets) -> Decision:
 
 
 _PLANNED_WORDS = {
-    Cause.DEADLINE: "the job's time was nearly over; the state is saved",
+    Cause.DEADLINE: "the job's time was nearly over",
     Cause.TIME_LIMIT: "the job reached its time limit",
     Cause.PREEMPTED: "the job was preempted",
 }

@@ -70,7 +70,11 @@ def to_json(value: Any, *, indent: int | None = None) -> bytes:
     """Canonical JSON: the same value gives the same bytes in every process."""
     separators = (",", ":") if indent is None else (",", ": ")
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators)
-    return text.encode() + b"\n"
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:
+        # Python reads a file name that is no UTF-8 as text that UTF-8 cannot hold.
+        return json.dumps(value, indent=indent, separators=separators).encode() + b"\n"
 
 
 def write_json(path: Path, value: Any, *, sync: bool = True, indent: int | None = 2) -> None:
@@ -113,13 +117,17 @@ class LineWriter:
     def append(self, *records: Any, sync: bool = False) -> None:
         """Append one line for each record; with `sync` they survive a power loss on return."""
         self._unwritten += b"".join(to_json(record) for record in records)
-        while self._unwritten:
-            del self._unwritten[: os.write(self._fd, self._unwritten)]
+        self._write()
         if sync:
             os.fsync(self._fd)
 
+    def _write(self) -> None:
+        while self._unwritten:
+            del self._unwritten[: os.write(self._fd, self._unwritten)]
+
     def sync(self) -> None:
         """Make all lines so far survive a power loss."""
+        self._write()
         os.fsync(self._fd)
 
     def size_bytes(self) -> int:

@@ -19,17 +19,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hpcresume import chain, files, status
+from hpcresume import chain, files
 from hpcresume.chain import Budgets, Cause, Decision, PastLink
 from hpcresume.config import RunConfig, parse_time, read_frozen
 from hpcresume.display.logging import logging_to
 from hpcresume.errors import Fenced, RunLive, SubmissionRejected, Unavailable
+from hpcresume.history import gather, past_link, past_links
 from hpcresume.journal import Journal, LinkRecords
 from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.scheduler import step
+from hpcresume.scheduler.choice import scheduler_of
 from hpcresume.scheduler.environment import Allocation, allocation
 from hpcresume.scheduler.job import JobInfo, JobSpec, JobState, Scheduler
 from hpcresume.signals import SignalFlags, listen
+from hpcresume.story import Story, alive_elsewhere, find_jobs, read_story, token_prefix
 from hpcresume.training.clock import lead_time
 
 log = logging.getLogger(__name__)
@@ -83,30 +86,6 @@ def exiting_link(run: Path) -> Link:
     return Link(run, exits=True)
 
 
-def scheduler_of(
-    run: RunDir, config: RunConfig, environ: Mapping[str, str], *, submits: bool = True
-) -> Scheduler:
-    """The scheduler that a run's jobs are given to.
-
-    By default Slurm where sbatch is found; a job of the local driver stays with it.
-    """
-    from hpcresume.scheduler.local import LocalScheduler
-    from hpcresume.scheduler.slurm import SlurmScheduler, available
-
-    cluster = config.scheduler.cluster
-    if cluster == "auto":
-        cluster = "slurm" if available(environ) else "local"
-    if cluster == "slurm":
-        launcher = None
-        if submits:
-            from hpcresume.scheduler.launcher import SubmititLauncher
-
-            launcher = SubmititLauncher(exiting_link)
-        return SlurmScheduler(config.scheduler, environ=environ, launcher=launcher)
-    command = [sys.executable, "-m", "hpcresume", "link", str(run.path)]
-    return LocalScheduler(run, command, grace_s=config.scheduler.grace_s)
-
-
 def job_spec(
     run: RunDir,
     config: RunConfig,
@@ -132,7 +111,7 @@ def job_spec(
         signal_s = max(1, min(signal_s, time_s // 2))
     return JobSpec(
         name=run.name,
-        token=status.token_prefix(run_id) + secrets.token_hex(4),
+        token=token_prefix(run_id) + secrets.token_hex(4),
         run=run.path,
         log=run.job_log,
         workdir=project or Path.cwd(),
@@ -166,7 +145,9 @@ class _Supervisor:
         self.job: Allocation = allocation(environ)
         self.scheduler: Scheduler | None = None
         if self.job.scheduler != "none":
-            self.scheduler = scheduler_of(run, config, environ)
+            self.scheduler = scheduler_of(
+                run, self.job.scheduler, environ, config.scheduler, exiting_link
+            )
         self.run_id = run.identify()["id"]
         self.budgets = Budgets(
             max_links=config.chain.max_links,
@@ -183,7 +164,7 @@ class _Supervisor:
     # ---- the whole ----------------------------------------------------------------------
 
     def run_link(self, flags: SignalFlags) -> LinkOutcome:
-        story = status.read_story(self.run)
+        story = read_story(self.run)
         self.past = story.links
         over = self._already_over(story)
         if over is not None:
@@ -209,7 +190,7 @@ class _Supervisor:
 
     # ---- 1: what became of the links before ----------------------------------------------
 
-    def _already_over(self, story: status.Story) -> Decision | None:
+    def _already_over(self, story: Story) -> Decision | None:
         if story.completed:
             return Decision(kind="finished", reason="training is complete", cause=Cause.COMPLETED)
         decided = story.decided()
@@ -217,7 +198,7 @@ class _Supervisor:
             return Decision(kind="stop", reason=str(decided["reason"]), cause=Cause.STOPPED)
         return None
 
-    def _history(self, story: status.Story) -> list[PastLink]:
+    def _history(self, story: Story) -> list[PastLink]:
         """The links since the last submission; asks the scheduler about unrecorded ends."""
         jobs: dict[str, JobInfo] = {}
         for link in story.links:
@@ -225,7 +206,7 @@ class _Supervisor:
                 info = self._patiently(link)
                 if info is not None:
                     jobs[info.id] = info
-        return status.past_links(story, jobs)
+        return past_links(story, jobs)
 
     def _patiently(self, link: LinkRecords) -> JobInfo | None:
         """The scheduler's word on a link's job, once it is final; at most a minute of patience."""
@@ -233,7 +214,7 @@ class _Supervisor:
         began = time.monotonic()
         while True:
             info = self._ask(job)
-            where = status.alive_elsewhere(link, info, self.job.job_id)
+            where = alive_elsewhere(link, info, self.job.job_id)
             if where:
                 raise RunLive(
                     f"{self.run.name} is live elsewhere: link {link.number}, {where}. "
@@ -257,7 +238,7 @@ class _Supervisor:
             log.warning("%s", error)
             return None
 
-    def _decision_before(self, story: status.Story, history: Sequence[PastLink]) -> Decision | None:
+    def _decision_before(self, story: Story, history: Sequence[PastLink]) -> Decision | None:
         """What the past demands; None where nothing has happened yet, or all is decided."""
         if story.cancelled:
             reason = f"cancelled by {story.cancelled}"
@@ -269,7 +250,7 @@ class _Supervisor:
             return None
         return chain.decide(history, self.budgets)
 
-    def _cancelled_successor(self, story: status.Story) -> Decision | None:
+    def _cancelled_successor(self, story: Story) -> Decision | None:
         """A job of the run that its user cancelled before it began: the wish to end the chain."""
         if self.scheduler is None:
             return None
@@ -279,7 +260,7 @@ class _Supervisor:
         if not missing:
             return None
         try:
-            living = {job.id for job in status.find_jobs(self.scheduler, self.run_id)}
+            living = {job.id for job in find_jobs(self.scheduler, self.run_id)}
             missing = [id for id in missing if id not in living]
             ended = self.scheduler.state(missing) if missing else {}
         except Unavailable as error:
@@ -293,7 +274,7 @@ class _Supervisor:
                 return Decision(kind="stop", reason=reason, cause=Cause.CANCELLED)
         return None
 
-    def _queued_ids(self, story: status.Story) -> list[str]:
+    def _queued_ids(self, story: Story) -> list[str]:
         records = [r for link in story.links for r in link.all("queued")]
         newest = [r for r in story.submissions if r["kind"] == "submitted"][-1:]
         since = float(newest[0]["t"]) if newest else 0.0
@@ -326,7 +307,7 @@ class _Supervisor:
         )
         return link
 
-    def _record_found(self, story: status.Story, history: Sequence[PastLink]) -> None:
+    def _record_found(self, story: Story, history: Sequence[PastLink]) -> None:
         """Record the ends that the links before could not record themselves."""
         for past in history:
             records = next(link for link in story.links if link.number == past.number)
@@ -362,12 +343,12 @@ class _Supervisor:
 
     # ---- 3: the links ahead ---------------------------------------------------------------
 
-    def _others_wait(self, story: status.Story) -> bool:
+    def _others_wait(self, story: Story) -> bool:
         """Whether a spare is in the queue already, so that the ranks can start first."""
         claimed = {str(link.claim.get("job")) for link in story.links} | {str(self.job.job_id)}
         return any(id not in claimed for id in self._queued_ids(story))
 
-    def _queue_ahead(self, story: status.Story) -> bool:
+    def _queue_ahead(self, story: Story) -> bool:
         """Queue what is missing of the links ahead, each behind all that are alive."""
         if self.scheduler is None or self.config.chain.mode in ("resubmit", "requeue"):
             return True
@@ -383,7 +364,7 @@ class _Supervisor:
 
     def _waiting(self) -> list[str]:
         assert self.scheduler is not None
-        jobs = status.find_jobs(self.scheduler, self.run_id)
+        jobs = find_jobs(self.scheduler, self.run_id)
         return [j.id for j in jobs if j.state is JobState.PENDING and j.id != self.job.job_id]
 
     def _submit(self, after: Sequence[str], decision: Decision | None = None) -> str:
@@ -506,10 +487,10 @@ class _Supervisor:
     # ---- 6: what follows ------------------------------------------------------------------
 
     def _finish(self, link: LinkDir, code: int, flags: SignalFlags, seconds: float) -> LinkOutcome:
-        story = status.read_story(self.run)
+        story = read_story(self.run)
         own = next(records for records in story.links if records.number == link.number)
         info = self._own_end(own, flags)
-        evidence = status.gather(self.run, own, info, exit_code=code, user_stop=story.cancelled)
+        evidence = gather(self.run, own, info, exit_code=code, user_stop=story.cancelled)
         cause, detail = chain.cause_of(evidence)
         if cause is Cause.DEADLINE and self._was_killed(info, flags):
             # The scheduler ends this job and does not say why: the next link will know.
@@ -522,7 +503,7 @@ class _Supervisor:
                 exit_code=0,
             )
         past = replace(
-            status.past_link(story, own, info),
+            past_link(story, own, info),
             cause=cause,
             detail=detail,
             failure=evidence.failure,
@@ -558,8 +539,8 @@ class _Supervisor:
     def _was_killed(self, info: JobInfo | None, flags: SignalFlags) -> bool:
         return self.scheduler is not None and info is None and flags.stop_asked() is not None
 
-    def _with_history(self, story: status.Story, past: PastLink) -> list[PastLink]:
-        return [p for p in status.past_links(story, {}) if p.number < past.number] + [past]
+    def _with_history(self, story: Story, past: PastLink) -> list[PastLink]:
+        return [p for p in past_links(story, {}) if p.number < past.number] + [past]
 
     def _ensure_successor(self, decision: Decision) -> Decision:
         """Leave only with a living successor in the queue, or a reason for having none."""

@@ -22,11 +22,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hpcresume import chain, files, status
+from hpcresume import chain, files
 from hpcresume.config import (
     RunConfig,
     check_complete,
     difference,
+    dump,
     from_mapping,
     load,
     read_frozen,
@@ -34,11 +35,14 @@ from hpcresume.config import (
 )
 from hpcresume.display.logging import logging_to
 from hpcresume.errors import ConfigError, HpcResumeError, RunLive
+from hpcresume.history import past_link
 from hpcresume.journal import Journal, known_step, lineage, read_chain
 from hpcresume.run_dir import LinkDir, RunDir, find_run, is_run, runs_root
+from hpcresume.scheduler.choice import chosen_cluster
 from hpcresume.scheduler.environment import RankPlace, allocation, rank_place
 from hpcresume.session import Berth, LinkEnds, Session
 from hpcresume.signals import SignalFlags, listen
+from hpcresume.story import alive_elsewhere, read_story
 from hpcresume.training.clock import Clock
 from hpcresume.training.determinism import make_deterministic, seed_everything
 from hpcresume.training.distributed import Ranks
@@ -336,7 +340,12 @@ def _open_run(
     run = RunDir(root / name)
     if create and not is_run(run.path):
         with contextlib.suppress(FileExistsError):
-            run.create(frozen, project=source.parent, versions={})
+            run.create(
+                dump(frozen),
+                cluster=chosen_cluster(frozen.scheduler.cluster, environ),
+                project=source.parent,
+                versions={},
+            )
     deadline = time.monotonic() + 60
     while not is_run(run.path):
         if time.monotonic() > deadline:
@@ -362,20 +371,20 @@ def same_config(run: RunDir, config: RunConfig) -> None:
 
 
 def _check_free(run: RunDir) -> None:
-    story = status.read_story(run)
+    story = read_story(run)
     newest = story.newest
     if newest is None or story.ended(newest) is not None:
         return
-    where = status.alive_elsewhere(newest, None, None)
+    where = alive_elsewhere(newest, None, None)
     if where:
         raise RunLive(f"{run.name} is being trained already: {where}.")
 
 
 def _close_link(run: RunDir, link: LinkDir, job: str | None) -> None:
     """Record the end of a foreground link, as a supervisor would."""
-    story = status.read_story(run)
+    story = read_story(run)
     own = next(records for records in story.links if records.number == link.number)
-    past = status.past_link(story, own, None)
+    past = past_link(story, own, None)
     if past.cause is chain.Cause.DEADLINE and "deadline" not in past.detail:
         # A signal from the keyboard or the scheduler: rest until somebody goes on.
         past = _stopped(past)

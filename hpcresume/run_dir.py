@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 from hpcresume import files
-from hpcresume.config import RunConfig, dump
 from hpcresume.errors import HpcResumeError, NotFound
 
 #: Only the names that `RunDir` itself gives: another spelling of a number is something else.
@@ -261,8 +260,13 @@ class RunDir:
             "metrics": files.size_or_zero(link.metrics),
         }
 
-    def create(self, config: RunConfig, *, project: Path, versions: Mapping[str, str]) -> None:
+    def create(
+        self, frozen: str, *, cluster: str, project: Path, versions: Mapping[str, str]
+    ) -> None:
         """Make the directory, private to the user, with its frozen configuration and identity.
+
+        `frozen` is the text of run.yaml; `cluster` stands in run.json as well, so that `status`
+        needs no YAML to know whom to ask.
 
         Prepared under a private name and renamed, so that no half-made run is ever seen. Raises
         FileExistsError if it is there already.
@@ -275,13 +279,14 @@ class RunDir:
             "id": secrets.token_hex(6),
             "name": self.name,
             "project": str(project),
+            "cluster": cluster,
             "created": round(time.time(), 3),
             "host": socket.gethostname(),
             "versions": dict(versions),
         }
         try:
             files.write_json(private.identity, identity)
-            files.write_durably(private.config, dump(config).encode())
+            files.write_durably(private.config, frozen.encode())
             try:
                 os.rename(private.path, self.path)
             except OSError as error:

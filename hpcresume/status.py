@@ -1,12 +1,10 @@
-"""How a run stands: its journals, its checkpoints and the scheduler's word, put together.
+"""How a run stands, for people: its story, its checkpoints and the scheduler's word together.
 
-Used by the supervisor to know what became of the links before it, and by the command line. Reads
-only; never imports torch.
+Reads only; never imports torch.
 """
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,203 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from hpcresume import files
-from hpcresume.chain import Cause, Evidence, Failure, PastLink, cause_of
 from hpcresume.checkpoint.manifest import Committed
 from hpcresume.checkpoint.store import Store
-from hpcresume.journal import (
-    LinkRecords,
-    Record,
-    known_step,
-    lineage,
-    read_chain,
-    read_metrics,
-    read_submissions,
-)
+from hpcresume.journal import lineage
 from hpcresume.run_dir import RunDir
-from hpcresume.scheduler.environment import node_names
-from hpcresume.scheduler.job import JobInfo, JobState, Scheduler
-from hpcresume.scheduler.process import pid_alive
-
-TOKEN = "hpcresume"
-
-
-def token_prefix(run_id: str) -> str:
-    """How the tokens of all jobs of a run begin."""
-    return f"{TOKEN}:{run_id}:"
-
-
-@dataclass(frozen=True)
-class Story:
-    """Everything that the files of a run tell, read once."""
-
-    run: RunDir
-    run_id: str
-    links: list[LinkRecords]
-    submissions: list[Record]
-    cancelled: str
-    """Who asked for the end; empty if nobody."""
-
-    @property
-    def after_link(self) -> int:
-        """Links up to this number were ended by an earlier submission; their stops are settled."""
-        numbers = [
-            int(r.get("after_link", 0)) for r in self.submissions if r["kind"] == "submitted"
-        ]
-        return max(numbers, default=0)
-
-    @property
-    def newest(self) -> LinkRecords | None:
-        """The newest link."""
-        return self.links[-1] if self.links else None
-
-    @property
-    def completed(self) -> bool:
-        """Whether training is complete: recorded by the newest link that trained."""
-        for link in reversed(self.links):
-            if link.last("completed"):
-                return self.run.final_model.is_dir()
-            if link.last("restored"):
-                return False
-        return False
-
-    def ended(self, link: LinkRecords) -> Record | None:
-        """The record of a link's end: its supervisor's, or what a later link found out."""
-        for other in reversed(self.links):
-            for record in reversed(other.all("ended")):
-                if "cause" in record and record.get("of", other.number) == link.number:
-                    return record
-        return None
-
-    def decided(self) -> Record | None:
-        """The decision that stands since the last submission, if the newest one ended the chain."""
-        for link in reversed(self.links):
-            if link.number <= self.after_link:
-                return None
-            record = link.last("decided")
-            if record is not None:
-                return record
-            if link.last("restored") or link.last("started"):
-                return None
-        return None
-
-    def committed_step(self, link: LinkRecords) -> int:
-        """The newest step that stood committed when a link had ended.
-
-        A link that fell back to an older checkpoint begins below what was known before it.
-        """
-        return known_step([other for other in self.links if other.number <= link.number])
-
-
-def read_story(run: RunDir) -> Story:
-    """Read a run's files."""
-    cancelled = ""
-    if run.cancel.exists():
-        request = files.read_json_or_none(run.cancel)
-        cancelled = str(request.get("by", "unknown")) if isinstance(request, dict) else "unknown"
-    return Story(run, run.identify()["id"], read_chain(run), read_submissions(run), cancelled)
-
-
-def past_links(story: Story, jobs: Mapping[str, JobInfo]) -> list[PastLink]:
-    """The history since the last submission, for `chain.decide`.
-
-    `jobs` are the scheduler's words on jobs whose links have no recorded end.
-    """
-    return [
-        past_link(story, link, jobs.get(str(link.claim.get("job"))))
-        for link in story.links
-        if link.number > story.after_link
-    ]
-
-
-def past_link(story: Story, link: LinkRecords, job: JobInfo | None) -> PastLink:
-    """One link: as its end was recorded, else as the evidence tells."""
-    record = story.ended(link)
-    restored = link.last("restored")
-    committed = story.committed_step(link)
-    first = int(restored["step"]) if restored else committed
-    if record is not None:
-        failure = record.get("failure")
-        return PastLink(
-            number=link.number,
-            cause=_cause(record["cause"]),
-            first_step=first,
-            committed_step=committed,
-            failure=Failure(**failure) if failure else None,
-            who=str(record.get("who", "")),
-            detail=str(record.get("detail", "")),
-            seconds=float(record.get("seconds", 0.0)),
-            nodes=tuple(record.get("nodes", ())),
-        )
-    evidence = gather(story.run, link, job, exit_code=None, user_stop=story.cancelled)
-    cause, detail = cause_of(evidence)
-    times = [float(r["t"]) for r in link.records] or [0.0]
-    return PastLink(
-        number=link.number,
-        cause=cause,
-        first_step=first,
-        committed_step=committed,
-        failure=evidence.failure,
-        who=story.cancelled or (job.cancelled_by if job is not None else ""),
-        detail=detail,
-        seconds=max(times) - min(times),
-        nodes=failed_nodes(link) if cause is Cause.NODE_FAILURE else (),
-    )
-
-
-def failed_nodes(link: LinkRecords) -> tuple[str, ...]:
-    """The node to stay away from; of several nobody says here which one it was."""
-    names = node_names(str(link.claim.get("nodes") or ""))
-    return tuple(names) if len(names) == 1 else ()
-
-
-def _cause(word: str) -> Cause:
-    try:
-        return Cause(word)
-    except ValueError:
-        return Cause.UNKNOWN
-
-
-def gather(
-    run: RunDir, link: LinkRecords, job: JobInfo | None, *, exit_code: int | None, user_stop: str
-) -> Evidence:
-    """The evidence on a link's end."""
-    asked = link.last("stop_asked")
-    how = next((str(r["how"]) for r in reversed(link.all("ended")) if "how" in r), "")
-    return Evidence(
-        job=job,
-        completed=link.last("completed") is not None,
-        how=how,
-        asked=str(asked["reason"]) if asked else "",
-        failure=first_failure(run, link.number, int(link.claim.get("num_tasks", 1))),
-        exit_code=exit_code,
-        user_stop=user_stop,
-    )
-
-
-def first_failure(run: RunDir, number: int, num_tasks: int) -> Failure | None:
-    """The exception that ended a rank first, by the time of its record."""
-    found = []
-    for rank in range(num_tasks):
-        content = files.read_json_or_none(run.link(number).rank_failure(rank))
-        if isinstance(content, dict):
-            found.append((float(content.pop("t", 0.0)), rank, content))
-    return Failure(**min(found, key=lambda item: item[:2])[2]) if found else None
-
-
-def alive_elsewhere(link: LinkRecords, job: JobInfo | None, me: str | None) -> str | None:
-    """Where a link without a recorded end still lives; None if it does not."""
-    claim = link.claim
-    where = str(claim.get("job") or "")
-    if where and where != me and job is not None:
-        if job.state in (JobState.RUNNING, JobState.SUSPENDED):
-            return f"job {where} on {job.nodes or claim.get('host', '?')}"
-        return None
-    if not where and claim.get("host") == socket.gethostname() and pid_alive(int(claim["pid"])):
-        return f"process {claim['pid']} on {claim['host']}"
-    return None
-
-
-# ---- what the command line shows --------------------------------------------------------
+from hpcresume.scheduler.job import JobInfo, JobState
+from hpcresume.story import Story, alive_elsewhere, read_story
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +106,7 @@ def _state(
         return "running", "in the foreground"
     decided = story.decided()
     if decided is not None and decided.get("decision") == "stop":
-        calm = decided.get("cause") in (Cause.CANCELLED.value, Cause.STOPPED.value)
+        calm = decided.get("cause") in ("cancelled", "stopped")
         return ("stopped" if calm else "failed"), str(decided.get("reason", ""))
     if story.cancelled:
         return "stopped", f"cancelled by {story.cancelled}"
@@ -341,13 +148,3 @@ def _verified(story: Story, last: Committed | None) -> bool:
         for link in story.links
         for record in link.all("saved", "restored")
     )
-
-
-def read_all_metrics(run: RunDir) -> list[Record]:
-    """The merged metric log."""
-    return list(read_metrics(run))
-
-
-def find_jobs(scheduler: Scheduler, run_id: str) -> list[JobInfo]:
-    """The living jobs of a run. Raises Unavailable."""
-    return scheduler.find(token_prefix(run_id))

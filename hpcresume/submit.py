@@ -6,17 +6,15 @@ frozen: the configuration, the code, the environment of submissions, the version
 
 from __future__ import annotations
 
-import getpass
 import importlib.metadata
 import os
 import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcresume import files, status
+from hpcresume import files
 from hpcresume.checkpoint.store import Store
 from hpcresume.config import (
     RunConfig,
@@ -30,12 +28,15 @@ from hpcresume.config import (
     read_frozen,
     to_mapping,
 )
-from hpcresume.errors import CheckpointError, ConfigError, NotFound, RunLive, UsageError
+from hpcresume.errors import CheckpointError, ConfigError, RunLive, UsageError
 from hpcresume.journal import Journal, known_step, lineage
-from hpcresume.link import Link, LinkOutcome, job_spec, scheduler_of
+from hpcresume.link import Link, LinkOutcome, exiting_link, job_spec
 from hpcresume.run_dir import RunDir, is_run
 from hpcresume.scheduler import process
-from hpcresume.scheduler.job import JobInfo, JobSpec, Scheduler
+from hpcresume.scheduler.choice import asking_scheduler, chosen_cluster, scheduler_of
+from hpcresume.scheduler.job import JobSpec, Scheduler
+from hpcresume.scheduler.slurm import SlurmScheduler
+from hpcresume.story import Story, alive_elsewhere, find_jobs, read_story, user_name
 
 #: The most code that is frozen with a run, and the largest file in it.
 CODE_BYTES = 64 << 20
@@ -95,7 +96,12 @@ def prepare(
         refuse_existing(run, config, environ)
     _check_limits(run, config, environ)
     try:
-        run.create(config, project=project, versions=versions())
+        run.create(
+            dump(config),
+            cluster=chosen_cluster(config.scheduler.cluster, environ),
+            project=project,
+            versions=versions(),
+        )
     except FileExistsError:
         refuse_existing(run, config, environ)
     try:
@@ -125,7 +131,7 @@ def refuse_existing(run: RunDir, config: RunConfig, environ: Mapping[str, str]) 
         raise ConfigError(
             f"{run.path} belongs to another configuration:\n  {lines}\nEither {ways}or {other}."
         )
-    story = status.read_story(run)
+    story = read_story(run)
     if story.completed:
         raise ConfigError(f"{run.name} is complete: {run.final_model}. To train again, {other}.")
     raise ConfigError(
@@ -135,31 +141,26 @@ def refuse_existing(run: RunDir, config: RunConfig, environ: Mapping[str, str]) 
 
 def live_jobs(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> str:
     """Where a run lives now, as words; empty if nowhere. Raises Unavailable."""
-    story = status.read_story(run)
-    if config.scheduler.cluster != "debug":
-        jobs = status.find_jobs(_scheduler(run, config, environ, submits=False), story.run_id)
+    story = read_story(run)
+    scheduler = asking_scheduler(run, environ)
+    if scheduler is not None:
+        jobs = find_jobs(scheduler, story.run_id)
         if jobs:
             words = (f"job {j.id} ({j.raw_state or j.state.value})" for j in jobs)
             return ", ".join(words)
     newest = story.newest
     if newest is not None and story.ended(newest) is None:
-        return status.alive_elsewhere(newest, None, None) or ""
+        return alive_elsewhere(newest, None, None) or ""
     return ""
-
-
-def _scheduler(
-    run: RunDir, config: RunConfig, environ: Mapping[str, str], *, submits: bool
-) -> Scheduler:
-    return scheduler_of(run, config, process.scrubbed(environ), submits=submits)
 
 
 def _check_limits(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> None:
     """The partition's time limit, which sbatch --test-only does not look at."""
     time_s = None if config.scheduler.time is None else parse_time(config.scheduler.time)
-    limit_of = getattr(_scheduler(run, config, environ, submits=False), "partition_limit_s", None)
-    if limit_of is None or config.scheduler.cluster == "debug":
+    if chosen_cluster(config.scheduler.cluster, environ) != "slurm":
         return
-    found = limit_of(config.scheduler.partition)
+    scheduler = SlurmScheduler(config.scheduler, environ=process.scrubbed(environ), launcher=None)
+    found = scheduler.partition_limit_s(config.scheduler.partition)
     if found is None:
         return
     name, limit_s = found
@@ -263,10 +264,12 @@ def dry_run(config: RunConfig, root: Path, *, project: Path, environ: Mapping[st
 
 def launch(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> Submission:
     """Queue the next job of a run, and record it."""
-    if config.scheduler.cluster == "debug":
+    cluster = str(run.identify()["cluster"])
+    if cluster == "debug":
         _record(run, None, None)
         return Submission(run, config, None, None)
-    scheduler = _scheduler(run, config, environ, submits=True)
+    clean = process.scrubbed(environ)
+    scheduler = scheduler_of(run, cluster, clean, config.scheduler, exiting_link)
     spec = first_spec(run, config)
     # Recorded first: a job that starts at once must find itself submitted.
     _record(run, spec.token, None)
@@ -282,14 +285,6 @@ def _record(run: RunDir, token: str | None, job: str | None) -> None:
     journal.close()
 
 
-def user_name() -> str:
-    """Who is asking."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
-
-
 def ready_to_resume(run: RunDir, *, sets: Sequence[str], environ: Mapping[str, str]) -> RunConfig:
     """Make a run that rests (stopped, failed, cancelled, stalled) ready for its next job.
 
@@ -301,18 +296,18 @@ def ready_to_resume(run: RunDir, *, sets: Sequence[str], environ: Mapping[str, s
     where = live_jobs(run, config, environ)
     if where:
         raise RunLive(f"{run.name} is live: {where}. `hpcresume status` shows it.")
-    story = status.read_story(run)
+    story = read_story(run)
     if story.completed:
         raise UsageError(f"{run.name} is complete: {run.final_model}.")
     check_checkpoints(story)
     if sets:
-        config = _change(run, config, sets)
+        config = _change(run, config, sets, environ)
     for request in (run.cancel, run.stop):
         request.unlink(missing_ok=True)
     return config
 
 
-def check_checkpoints(story: status.Story) -> None:
+def check_checkpoints(story: Story) -> None:
     """Refuse to begin afresh where the journal knows of a committed step."""
     known = known_step(story.links)
     over = lineage(story.run, story.links)
@@ -323,11 +318,16 @@ def check_checkpoints(story: status.Story) -> None:
         )
 
 
-def _change(run: RunDir, config: RunConfig, sets: Sequence[str]) -> RunConfig:
+def _change(
+    run: RunDir, config: RunConfig, sets: Sequence[str], environ: Mapping[str, str]
+) -> RunConfig:
     changed = load(run.config, sets=sets, options={}, environ={"HPCRESUME_SITE": os.devnull})
     lines = difference(config, changed)
     if changed.name != config.name or changed.train != config.train:
         raise UsageError("name and train belong to the run: begin a new one to change them.")
+    if changed.scheduler.cluster != config.scheduler.cluster:
+        identity = {**run.identify(), "cluster": chosen_cluster(changed.scheduler.cluster, environ)}
+        files.write_json(run.identity, identity)
     if lines:
         files.write_durably(run.config, dump(changed).encode())
         journal = Journal(run.submissions, link=0, job=None)
@@ -370,12 +370,11 @@ def adopt_batch(
     run = prepare(config, root, project=Path.cwd(), environ=environ)
     job = environ.get("SLURM_JOB_ID")
     if job:
-        scheduler = scheduler_of(run, config, environ, submits=False)
-        frozen = getattr(scheduler, "frozen_script", None)
-        if frozen is not None:
-            text, options = frozen(job)
-            files.write_durably(run.script, text.encode(), mode=0o700)
-            files.write_json(run.script_options, list(options))
+        clean = process.scrubbed(environ)
+        scheduler = SlurmScheduler(config.scheduler, environ=clean, launcher=None)
+        text, options = scheduler.frozen_script(job)
+        files.write_durably(run.script, text.encode(), mode=0o700)
+        files.write_json(run.script_options, list(options))
     _record(run, None, job)
     return run
 
@@ -388,29 +387,3 @@ def _check_same(run: RunDir, config: RunConfig) -> None:
             f"{run.path} belongs to another configuration:\n  {lines}\nGo on with the old one by "
             f"`hpcresume resume {run.name}`, or give the new run another name."
         )
-
-
-# ---- the end -----------------------------------------------------------------------------
-
-
-def cancel(run: RunDir, environ: Mapping[str, str]) -> list[JobInfo]:
-    """End a run's chain: the request first, then its waiting jobs, then the running one.
-
-    Returns the jobs that were alive. Raises NotFound where nothing was, or Unavailable: the
-    request stands all the same, and the links obey it.
-    """
-    config = read_frozen(run.config)
-    story = status.read_story(run)
-    if story.completed:
-        raise NotFound(f"{run.name} is complete: there is nothing to cancel.")
-    by = user_name()
-    files.write_json(run.cancel, {"by": by, "t": round(time.time(), 3)})
-    journal = Journal(run.submissions, link=0, job=None)
-    journal.write("cancelled", by=by)
-    journal.close()
-    if config.scheduler.cluster == "debug":
-        return []
-    scheduler = _scheduler(run, config, environ, submits=False)
-    jobs = status.find_jobs(scheduler, story.run_id)
-    scheduler.cancel([job.id for job in jobs])
-    return jobs

@@ -83,8 +83,13 @@ class SlurmCluster:
     running out of memory has no record of its own."""
 
     def __init__(
-        self, *, accounting: bool = True, extra_conf: Mapping[str, str] | None = None
+        self,
+        *,
+        accounting: bool = True,
+        extra_conf: Mapping[str, str] | None = None,
+        cred_expire_s: int = 10,
     ) -> None:
+        self._cred_expire_s = cred_expire_s
         self.accounting = accounting
         self.user = USER
         self.has_cgroups = all(
@@ -299,7 +304,7 @@ class SlurmCluster:
             "SlurmdUser": "root",
             "AuthType": "auth/munge",
             # A requeued job waits for cred_expire; the default is two minutes.
-            "AuthInfo": f"socket={munge},cred_expire=10",
+            "AuthInfo": f"socket={munge},cred_expire={self._cred_expire_s}",
             "StateSaveLocation": str(self.folder / "state"),
             "SlurmdSpoolDir": f"{self.folder}/%n",
             "SlurmctldPidFile": f"{self.folder}/slurmctld.pid",

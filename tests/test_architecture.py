@@ -17,8 +17,8 @@ ROWS: list[list[str]] = [
     ["errors", "files", "signals", "config", "run_dir", "journal"],
     ["checkpoint", "scheduler", "data"],
     ["training", "chain", "session"],
-    ["status", "display"],
-    ["rank", "link", "submit"],
+    ["story", "history", "status", "display"],
+    ["rank", "link", "submit", "cancel"],
     ["lm", "adapters", "verify", "rehearse"],
     ["cli", "__main__"],
 ]

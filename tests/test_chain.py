@@ -291,6 +291,12 @@ def test_planned_ends_with_progress_are_free_for_ten_thousand_links() -> None:
     assert {last_of(history[:n], frugal).kind for n in lengths} == {"continue"}
 
 
+@pytest.mark.parametrize("cause", sorted(PLANNED, key=lambda c: c.value))
+def test_planned_end_tells_the_step_that_stands(cause: Cause) -> None:
+    # A save may have failed just then: nothing more than this is known.
+    assert "step 100 is committed" in last_of(links(cause)).reason
+
+
 def test_planned_end_is_due_at_once() -> None:
     assert last_of(links(Cause.TIME_LIMIT, progress=True)).delay_s == 0
 

@@ -20,8 +20,15 @@ from hypothesis import strategies as st
 
 import hpcresume
 from hpcresume import files, journal
-from hpcresume.config import RunConfig
-from hpcresume.journal import Journal, Lineage, Segment, lineage, read_chain, read_metrics
+from hpcresume.journal import (
+    Journal,
+    Lineage,
+    Segment,
+    known_step,
+    lineage,
+    read_chain,
+    read_metrics,
+)
 from hpcresume.run_dir import LinkDir, RunDir
 
 ROOT = Path(hpcresume.__file__).parents[1]
@@ -33,7 +40,7 @@ NewRun = Callable[[], RunDir]
 
 def make(path: Path) -> RunDir:
     run = RunDir(path)
-    run.create(RunConfig(), project=path.parent, versions={})
+    run.create("", cluster="none", project=path.parent, versions={})
     return run
 
 
@@ -491,6 +498,42 @@ def test_segments_survive_json() -> None:
 def test_segments_refuse_anything_else(value: Any) -> None:
     with pytest.raises((ValueError, TypeError)):
         journal.segments_from_json(value)
+
+
+# The step that is known
+
+
+def test_run_that_has_not_trained_knows_no_step(run: RunDir) -> None:
+    run.claim_link({})
+    assert known_step(read_chain(run)) == 0
+
+
+def test_known_step_is_the_newest_commit(run: RunDir) -> None:
+    link = run.claim_link({})
+    restored(link, 0, ())
+    for step in (10, 20):
+        write(link, "saved", step=step)
+    assert known_step(read_chain(run)) == 20
+
+
+def test_known_step_of_a_link_that_died_early_is_that_of_the_links_before(run: RunDir) -> None:
+    write(run.claim_link({}), "saved", step=20)
+    run.claim_link({})
+    assert known_step(read_chain(run)) == 20
+
+
+def test_known_step_after_a_fallback_is_where_it_fell_back_to(run: RunDir) -> None:
+    write(run.claim_link({}), "saved", step=20)
+    restored(run.claim_link({}), 10, (Segment(1, 10, 0),))
+    assert known_step(read_chain(run)) == 10
+
+
+def test_commit_that_a_fenced_link_records_late_is_not_known(run: RunDir) -> None:
+    link = run.claim_link({})
+    write(link, "saved", step=20)
+    run.claim_link({})
+    write(link, "saved", step=30)
+    assert known_step(read_chain(run)) == 20
 
 
 # Metrics along the lineage

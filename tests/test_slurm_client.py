@@ -16,11 +16,15 @@ from hpcresume.config import SchedulerConfig
 from hpcresume.errors import SubmissionRejected, Unavailable
 from hpcresume.scheduler import slurm, slurm_clients
 from hpcresume.scheduler.job import JobSpec, JobState
-from hpcresume.scheduler.slurm import SlurmScheduler, available
+from hpcresume.scheduler.process import available
+from hpcresume.scheduler.slurm import SlurmScheduler
 
 REFUSED = "sbatch: error: Batch job submission failed: Invalid partition name specified"
 TIMED_OUT = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
 FORGOTTEN = "sbatch: error: Batch job submission failed: Job dependency problem"
+TOO_FEW = (
+    "sbatch: error: Batch job submission failed: Requested node configuration is not available"
+)
 NO_ACCOUNTING = "Slurm accounting storage is disabled"
 NO_CONTROLLER = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
 UNKNOWN_ID = "slurm_load_jobs error: Invalid job id specified"
@@ -176,6 +180,13 @@ def test_a_missing_sbatch_is_unavailable(cluster: Cluster) -> None:
         scheduler(cluster).submit(spec(cluster, environment=cluster.environ))
 
 
+def test_sbatch_is_this_machines_although_the_environment_is_anothers(cluster: Cluster) -> None:
+    cluster.program("sbatch", "echo 12")
+    frozen = {"PATH": "/elsewhere/bin:/usr/bin:/bin"}
+    assert scheduler(cluster).submit(spec(cluster, environment=frozen)) == "12"
+    assert cluster.environ_of("sbatch")["PATH"] == frozen["PATH"]
+
+
 def test_a_dependency_on_a_forgotten_job_does_not_stop_the_submission(cluster: Cluster) -> None:
     cluster.answers("sbatch", refuse(FORGOTTEN), "echo 9")
     cluster.program("squeue", queued("7|COMPLETED|None||N/A|N/A|x"))
@@ -196,6 +207,33 @@ def test_a_dependency_that_slurm_knows_and_refuses_is_a_refusal(cluster: Cluster
     with pytest.raises(SubmissionRejected, match="dependency problem"):
         scheduler(cluster).submit(spec(cluster), after=["6"])
     assert len(cluster.calls("sbatch")) == 1
+
+
+def test_nodes_to_avoid_are_given_up_where_slurm_takes_no_job_without_them(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.answers("sbatch", refuse(TOO_FEW), "echo 9")
+    config = scheduler(cluster, exclude="n[1-2]")
+    assert config.submit(spec(cluster, exclude_nodes=("n3",))) == "9"
+    assert "--exclude=n[1-2]" in cluster.calls("sbatch")[1]
+    assert TOO_FEW.removeprefix("sbatch: error: ") in caplog.text
+
+
+def test_a_users_script_gives_up_nodes_to_avoid_too(cluster: Cluster) -> None:
+    cluster.answers("sbatch", refuse(TOO_FEW), "echo 9")
+    own = cluster.folder / "train.sbatch"
+    options = ("--exclude=n1",)
+    wanted = spec(cluster, script=own, script_options=options, exclude_nodes=("n3",))
+    assert scheduler(cluster).submit(wanted) == "9"
+    first, second = cluster.calls("sbatch")
+    assert ("--exclude=n1,n3" in first, "--exclude=n1" in second) == (True, True)
+
+
+def test_what_slurm_refuses_without_nodes_to_avoid_is_refused(cluster: Cluster) -> None:
+    cluster.program("sbatch", refuse(TOO_FEW))
+    with pytest.raises(SubmissionRejected, match="node configuration"):
+        scheduler(cluster).submit(spec(cluster, exclude_nodes=("n3",)))
+    assert len(cluster.calls("sbatch")) == 2
 
 
 def test_a_submission_has_the_frozen_environment_and_no_trace_of_a_running_job(
@@ -322,21 +360,35 @@ def test_a_completing_job_completes_as_long_as_no_end_is_recorded(
     assert scheduler(cluster).state(["9"])["9"].state is JobState.COMPLETING
 
 
-def test_without_accounting_the_controller_is_asked_and_it_is_said_once(
-    cluster: Cluster, caplog: pytest.LogCaptureFixture
+def test_without_accounting_the_controller_is_asked(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(slurm_clients, "_RECORD_AGE_S", 0.0)
     cluster.program("squeue", refuse(UNKNOWN_ID))
     cluster.program("sacct", refuse(NO_ACCOUNTING))
     cluster.program("scontrol", "printf 'JobId=9 JobName=x\\n   JobState=CANCELLED Reason=None\\n'")
     one = scheduler(cluster)
+    for _ in range(3):
+        job = one.state(["9"])["9"]
+        assert (job.state, job.cancelled_by) == (JobState.CANCELLED, "unknown")
+    assert len(cluster.calls("sacct")) == 1
+
+
+def test_that_there_is_no_accounting_is_said_once(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(slurm_clients, "_RECORD_AGE_S", 0.0)
+    monkeypatch.setattr(slurm_clients, "_RECORD_PAUSE_S", 0.0)
+    cluster.program("squeue", refuse(UNKNOWN_ID))
+    cluster.program("sacct", refuse(NO_ACCOUNTING))
+    one = scheduler(cluster)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            job = one.state(["9"])["9"]
-    assert (job.state, job.cancelled_by) == (JobState.CANCELLED, "unknown")
-    assert [r.message for r in caplog.records if NO_ACCOUNTING in r.message] == [
+            one.state(["9"])
+    assert len(cluster.calls("sacct")) == 3
+    assert [record.message for record in caplog.records] == [
         f"sacct: {NO_ACCOUNTING}. Why a job ended is then less certain."
     ]
-    assert len(cluster.calls("sacct")) == 1
 
 
 def test_a_missing_sacct_is_no_error(cluster: Cluster) -> None:
@@ -361,7 +413,8 @@ def test_an_id_that_nobody_knows_is_unknown(cluster: Cluster) -> None:
     assert scheduler(cluster).state(["9"])["9"].state is JobState.UNKNOWN
 
 
-def test_an_end_is_asked_for_once(cluster: Cluster) -> None:
+def test_an_end_is_asked_for_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm_clients, "_RECORD_AGE_S", 0.0)
     cluster.program("squeue", refuse(UNKNOWN_ID))
     cluster.program("sacct", queued("9|TIMEOUT|0:0|n1|100|150|90"))
     one = scheduler(cluster)
@@ -415,7 +468,8 @@ def test_a_job_without_an_end_is_unavailable_while_the_controller_is_down(
 
 
 def test_a_script_that_slurm_does_not_give_is_refused(cluster: Cluster) -> None:
-    cluster.program("scontrol", refuse("job script retrieval failed: Invalid job id", code=0))
+    failed = refuse("job script retrieval failed: Invalid job id", code=0)
+    cluster.answers("scontrol", failed, WAITING)
     with pytest.raises(SubmissionRejected, match="retrieval failed"):
         scheduler(cluster).frozen_script("9")
 
@@ -423,12 +477,28 @@ def test_a_script_that_slurm_does_not_give_is_refused(cluster: Cluster) -> None:
 # ---- changing
 
 
+WAITING = "printf 'JobId=9 JobName=x\\n Partition=p\\n NumNodes=2-2\\n ExcNodeList=n1\\n'"
+
+
+def _partition_of(num_nodes: int) -> str:
+    return f"echo PartitionName=p TotalNodes={num_nodes}"
+
+
 def test_nodes_are_excluded_besides_those_that_already_are(cluster: Cluster) -> None:
-    cluster.program("scontrol", "printf 'JobId=9 JobName=x\\n   ReqNodeList= ExcNodeList=n1\\n'")
+    cluster.answers("scontrol", WAITING, _partition_of(4), ":")
     scheduler(cluster).update("9", exclude_nodes=["n2"], begin_delay_s=60)
-    assert cluster.calls("scontrol")[1] == [
+    assert cluster.calls("scontrol")[-1] == [
         *("update", "JobId=9", "ExcNodeList=n1,n2", "StartTime=now+60")
     ]
+
+
+def test_nodes_are_not_excluded_where_too_few_are_left(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.answers("scontrol", WAITING, _partition_of(3), ":")
+    scheduler(cluster).update("9", exclude_nodes=["n2"])
+    assert "update" not in [arguments[0] for arguments in cluster.calls("scontrol")]
+    assert "n1,n2 again" in caplog.text
 
 
 def test_a_change_that_slurm_refuses_is_a_refusal(cluster: Cluster) -> None:
@@ -475,6 +545,7 @@ def test_a_job_that_may_not_be_cancelled_is_said_at_once(cluster: Cluster) -> No
     cluster.program("scancel", refuse(denied))
     with pytest.raises(Unavailable, match="denied"):
         scheduler(cluster).cancel(["9"])
+    assert len(cluster.calls("scancel")) == 1
 
 
 def test_a_job_that_does_not_go_is_given_up_after_a_while(
@@ -514,6 +585,6 @@ def test_a_partition_has_a_name_and_a_limit(
 
 
 def test_a_machine_can_submit_where_sbatch_is_on_the_path(cluster: Cluster) -> None:
-    assert not available({"PATH": str(cluster.bin)})
+    assert not available("sbatch", {"PATH": str(cluster.bin)})
     cluster.program("sbatch", "exit 0")
-    assert available({"PATH": str(cluster.bin)})
+    assert available("sbatch", {"PATH": str(cluster.bin)})

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.environment import node_names
 from hpcresume.scheduler.job import JobInfo, JobSpec, JobState
 from hpcresume.scheduler.launcher import SubmititLauncher
+from hpcresume.scheduler.script import render
 from hpcresume.scheduler.slurm import SlurmScheduler
 
 PATIENCE_S = 30.0
@@ -148,6 +149,26 @@ def test_a_job_runs_its_callable_whatever_the_path(slurm: SlurmCluster, run: Run
     assert names == sorted(f"{id}{ending}" for ending in ours)
 
 
+def test_a_job_runs_although_its_submitter_died_with_sbatchs_answer(
+    slurm: SlurmCluster, run: RunDir
+) -> None:
+    wanted = spec(slurm, run)
+    ids = []
+
+    def sbatch(path: Path) -> str:
+        ids.append(slurm.run("sbatch", "--parsable", str(path)).strip())
+        raise KeyboardInterrupt
+
+    def text_of(command: Sequence[str], prepare: Sequence[str]) -> str:
+        return render(wanted, SchedulerConfig(mem="200"), command, prepare=prepare)
+
+    launcher = SubmititLauncher(lambda path: functools.partial(os.mkdir, str(path / "was here")))
+    with pytest.raises(KeyboardInterrupt):
+        launcher.launch(wanted, text_of, sbatch)
+    wait_state(scheduler(slurm), ids[0], JobState.COMPLETED)
+    assert run.path.joinpath("was here").is_dir()
+
+
 def test_a_job_is_found_by_its_token(slurm: SlurmCluster, run: RunDir) -> None:
     one = scheduler(slurm)
     id = one.submit(spec(slurm, run, begin_delay_s=600))
@@ -169,6 +190,14 @@ def test_a_job_waits_for_the_ones_before_it(slurm: SlurmCluster, run: RunDir) ->
 def test_a_dependency_on_a_forgotten_job_does_not_hinder(slurm: SlurmCluster, run: RunDir) -> None:
     one = scheduler(slurm)
     id = one.submit(spec(slurm, run), after=["999999"])
+    wait_state(one, id, JobState.RUNNING)
+
+
+def test_nodes_to_avoid_do_not_hinder_where_there_are_no_others(
+    slurm: SlurmCluster, run: RunDir
+) -> None:
+    one = scheduler(slurm)
+    id = one.submit(spec(slurm, run, exclude_nodes=tuple(slurm.nodes)))
     wait_state(one, id, JobState.RUNNING)
 
 
@@ -207,9 +236,11 @@ def test_a_waiting_or_unlimited_job_has_no_end(slurm: SlurmCluster) -> None:
     waiting = batch(slurm, "sleep 60", "--begin=now+600", "--time=30")
     assert one.end_time(waiting) is None
     slurm.run("scontrol", "update", "PartitionName=high", "MaxTime=UNLIMITED")
-    unlimited = batch(slurm, "sleep 60", "--partition=high", "--time=UNLIMITED")
-    wait_state(one, unlimited, JobState.RUNNING)
-    slurm.run("scontrol", "update", "PartitionName=high", "MaxTime=02:00:00")
+    try:
+        unlimited = batch(slurm, "sleep 60", "--partition=high", "--time=UNLIMITED")
+        wait_state(one, unlimited, JobState.RUNNING)
+    finally:
+        slurm.run("scontrol", "update", "PartitionName=high", "MaxTime=02:00:00")
     assert one.end_time(unlimited) is None
 
 
@@ -279,6 +310,8 @@ def test_a_waiting_job_is_put_off_and_kept_away_from_nodes(slurm: SlurmCluster) 
     one.update(id, exclude_nodes=[second, third], begin_delay_s=1000)
     fields = described(slurm, id)
     assert set(node_names(fields["ExcNodeList"])) == {first, second, third}
+    one.update(id, exclude_nodes=[slurm.nodes[3]])
+    assert described(slurm, id)["ExcNodeList"] == fields["ExcNodeList"]
     begins = time.mktime(time.strptime(fields["StartTime"], "%Y-%m-%dT%H:%M:%S"))
     assert 900 < begins - time.time() <= 1001
 

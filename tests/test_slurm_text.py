@@ -162,6 +162,12 @@ def test_memory_that_ran_out_in_an_earlier_life_is_not_the_end_of_the_later_one(
     assert states == [JobState.OUT_OF_MEMORY, JobState.FAILED]
 
 
+def test_memory_that_ran_out_in_a_later_life_is_not_the_end_of_the_earlier_one() -> None:
+    earlier = "27|FAILED|2:0|k1|1795254420|1795254421|1795254410\n"
+    states = [life.state for life in slurm_text.parse_records(earlier + OUT_OF_MEMORY)["27"]]
+    assert states == [JobState.FAILED, JobState.OUT_OF_MEMORY]
+
+
 def test_a_time_limit_outweighs_memory_that_ran_out_in_a_step() -> None:
     text = OUT_OF_MEMORY.replace("27|FAILED", "27|TIMEOUT")
     assert slurm_text.parse_records(text)["27"][0].state is JobState.TIMEOUT

@@ -214,13 +214,8 @@ def test_srun_spreads_the_ranks_over_the_nodes() -> None:
     job = Allocation(scheduler="slurm", job_id="1", num_nodes=2)
     command = srun_command(job, {"SLURM_CPUS_PER_TASK": "4"}, "/x/rank-%t.log", num_tasks=8)
     assert command[0] == "srun"
-    assert {"--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=4"} <= set(command)
+    assert {"--nodes=2", "--ntasks=8", "--cpus-per-task=4"} <= set(command)
     assert {"--kill-on-bad-exit=1", "--unbuffered", "--input=none", "--export=ALL"} <= set(command)
-
-
-def test_srun_spreads_an_uneven_number_by_itself() -> None:
-    job = Allocation(scheduler="slurm", job_id="1", num_nodes=2)
-    assert not [o for o in srun_command(job, {}, "x", num_tasks=3) if "per-node" in o]
 
 
 def test_srun_takes_no_more_nodes_than_ranks() -> None:

@@ -7,7 +7,9 @@ JSON value to `<name>.json`; a tokenizer writes its own files.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,17 +75,16 @@ class Contents:
                 if state.tensors:
                     path = directory / f"{name}.safetensors"
                     entries.append(writer.write_safetensors(path, state.tensors, _METADATA))
-            elif _is_tokenizer(value):
-                value.save_pretrained(str(directory))
-            else:
+            elif not _is_tokenizer(value):
                 entries.append(writer.write_json(directory / f"{name}.json", value))
         entries.append(writer.write_json(directory / RNG, list(rng)))
         entries.append(
             writer.write_json(directory / STATE, {"progress": dict(progress), "objects": objects})
         )
-        known = {entry.name for entry in entries}
-        others = [p for p in sorted(directory.iterdir()) if p.is_file() and p.name not in known]
-        return entries + [writer.adopt(path) for path in others]
+        for name, value in self._objects.items():
+            if _is_tokenizer(value) and not _is_stateful(value):
+                entries += _write_tokenizer(name, value, directory)
+        return entries
 
     def restore(self, name: str, committed: Committed, state: Mapping[str, Any]) -> list[str]:
         """Load one object from a checkpoint; returns sentences about what differs.
@@ -102,8 +103,14 @@ class Contents:
             _load(name, value, committed, saved)
             reader.check_arrived(committed, name, _take(name, value), saved["tree"], _METADATA)
         elif not _is_tokenizer(value):
-            was = files.read_json(committed.path / f"{name}.json")
-            if was != _as_json(value):
+            file = f"{name}.json"
+            if all(entry.name != file for entry in committed.manifest.files):
+                raise CheckpointError(
+                    f"checkpoint-{committed.step} holds no '{name}': register what the run was "
+                    f"begun with, or begin a new run."
+                )
+            was = files.read_json(committed.path / file)
+            if not reader.same_tree(was, _as_json(value)):
                 changed = f"'{name}' is not what checkpoint-{committed.step} was trained with"
                 if isinstance(value, dict):
                     value.clear()
@@ -122,6 +129,28 @@ class Contents:
         return [n for n in names if n in kept or (n not in stateful and n not in ours)]
 
 
+def _write_tokenizer(name: str, tokenizer: Any, directory: Path) -> list[FileEntry]:
+    """Let a tokenizer write its files, in a folder of its own first, so that it replaces none."""
+    folder = directory / ".tokenizer"
+    folder.mkdir(mode=0o700)
+    tokenizer.save_pretrained(str(folder))
+    entries = []
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        target = directory / path.relative_to(folder)
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if target.exists():
+            raise CheckpointError(
+                f"'{name}' writes {target.relative_to(directory)}, which another registered object "
+                f"writes as well: register one of them only, or under another name."
+            )
+        os.rename(path, target)
+        entries.append(writer.adopt(target, str(target.relative_to(directory))))
+        if target.parent != directory:
+            files.fsync_dir(target.parent)
+    shutil.rmtree(folder)
+    return entries
+
+
 def _take(name: str, value: Any) -> Split:
     if isinstance(value, torch.nn.Module):
         return split(plain_state(value, name), name)
@@ -137,7 +166,8 @@ def _load(name: str, value: Any, committed: Committed, saved: Mapping[str, Any])
         full = {**tensors, **{alias: tensors[target] for alias, target in aliases.items()}}
         reader.copy_into(plain_state(value, name), full, name)
         return
-    state = join(saved["tree"], tensors, aliases)
+    # Copies: what is read is mapped memory of a file that retention will remove.
+    state = join(saved["tree"], {key: tensor.clone() for key, tensor in tensors.items()}, aliases)
     value.load_state_dict(state)
     if isinstance(value, torch.optim.Optimizer):
         reader.keep_dtypes(value, state)

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ FORMAT = 1
 NAME = "manifest.json"
 CHUNK_BYTES = 8 << 20
 _MAX_MANIFEST_BYTES = 256 << 20
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
+_PART = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}"
+#: A file, or one in a folder: tokenizers with several chat templates keep them in one.
+_FILE_NAME = re.compile(rf"{_PART}(/{_PART})?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,16 +95,42 @@ def parse(data: bytes) -> Manifest:
             raise CheckpointError("its manifest does not match its own digest")
         if content["format"] != FORMAT:
             raise CheckpointError(f"its format {content['format']} is not {FORMAT}")
+        _check_types(content, _TYPES)
+        if content["metric"] is not None:
+            _check_types(content["metric"], _METRIC_TYPES)
+        for entry in content["files"]:
+            _check_types(entry, _ENTRY_TYPES)
         entries = tuple(
             FileEntry(**{**entry, "chunks": tuple(entry["chunks"])}) for entry in content["files"]
         )
         manifest = Manifest(**{**content, "files": entries})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f"its manifest is not readable ({error})") from None
     for entry in manifest.files:
         if not _FILE_NAME.fullmatch(entry.name) or entry.name == NAME:
             raise CheckpointError(f"its manifest names an impossible file {entry.name!r}")
     return manifest
+
+
+_Types = Mapping[str, tuple[type, ...]]
+_TYPES: _Types = {
+    "step": (int,),
+    "epoch": (int,),
+    "link": (int,),
+    "run_id": (str,),
+    "parent": (str, type(None)),
+    "files": (list,),
+    "created": (int, float),
+    "metric": (dict, type(None)),
+}
+_METRIC_TYPES: _Types = {"name": (str,), "value": (int, float), "mode": (str,)}
+_ENTRY_TYPES: _Types = {"name": (str,), "bytes": (int,), "chunks": (list,), "rank": (int,)}
+
+
+def _check_types(content: Mapping[str, Any], types: _Types) -> None:
+    for key, allowed in types.items():
+        if type(content[key]) not in allowed:
+            raise TypeError(f"{key} is {content[key]!r:.40}")
 
 
 @dataclass(frozen=True)
@@ -138,6 +167,8 @@ def read_committed(path: Path, lineage: Lineage) -> Committed:
             status = os.stat(path / entry.name, follow_symlinks=False)
         except OSError:
             raise CheckpointError(f"{entry.name} is missing") from None
+        if not stat.S_ISREG(status.st_mode) or (path / entry.name).parent.is_symlink():
+            raise CheckpointError(f"{entry.name} is not a file of its own")
         if status.st_size != entry.bytes:
             raise CheckpointError(f"{entry.name} has {status.st_size} bytes, not {entry.bytes}")
     if not lineage.holds(manifest.link, manifest.step):

@@ -79,7 +79,7 @@ def check_arrived(
     `tree` is the JSON half in the checkpoint; `name` the object, whose tensors are in
     `<name>.safetensors`.
     """
-    if live.tree != tree:
+    if not same_tree(live.tree, tree):
         raise CheckpointError(
             f"'{name}' did not take over what checkpoint-{committed.step} holds: "
             f"{_first_difference(tree, live.tree, name)}."
@@ -110,14 +110,23 @@ def _same(here: torch.Tensor, there: torch.Tensor) -> bool:
     return hash_stream(writer.stream(left, {})) == hash_stream(writer.stream(right, {}))
 
 
+def same_tree(saved: Any, live: Any) -> bool:
+    """Whether two JSON trees are the same; NaN is the same as NaN."""
+    if isinstance(saved, dict) and isinstance(live, dict):
+        return saved.keys() == live.keys() and all(same_tree(saved[k], live[k]) for k in saved)
+    if isinstance(saved, list) and isinstance(live, list):
+        return len(saved) == len(live) and all(map(same_tree, saved, live))
+    return bool(saved == live or (saved != saved and live != live))  # noqa: PLR0124
+
+
 def _first_difference(saved: Any, live: Any, path: str) -> str:
     if isinstance(saved, dict) and isinstance(live, dict):
         for key in sorted(saved.keys() | live.keys(), key=str):
-            if saved.get(key) != live.get(key):
+            if not same_tree(saved.get(key), live.get(key)):
                 return _first_difference(saved.get(key), live.get(key), f"{path}.{key}")
     if isinstance(saved, list) and isinstance(live, list) and len(saved) == len(live):
         for index, (a, b) in enumerate(zip(saved, live, strict=True)):
-            if a != b:
+            if not same_tree(a, b):
                 return _first_difference(a, b, f"{path}.{index}")
     return f"{path} is {_short(live)}, was {_short(saved)}"
 

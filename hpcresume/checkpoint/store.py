@@ -43,7 +43,14 @@ class Store:
         found = []
         for step in self.run.checkpoint_steps():
             with contextlib.suppress(CheckpointError):
-                found.append(manifests.read_committed(self.run.checkpoint(step), lineage))
+                found.append(self._read(step, lineage))
+        return found
+
+    def _read(self, step: int, lineage: Lineage) -> Committed:
+        """`read_committed`, and of this run: what another run left here counts for nothing."""
+        found = manifests.read_committed(self.run.checkpoint(step), lineage)
+        if found.manifest.run_id != self.run_id:
+            raise CheckpointError("it belongs to another run")
         return found
 
     def latest_verified(self, lineage: Lineage, on_bad: OnBad) -> Committed | None:
@@ -52,14 +59,15 @@ class Store:
         What fails is quarantined and told to `on_bad(step, reason)`; then the next older is tried.
         """
         for step in reversed(self.run.checkpoint_steps()):
-            path = self.run.checkpoint(step)
             try:
-                found = manifests.read_committed(path, lineage)
-                if found.manifest.run_id != self.run_id:
-                    raise CheckpointError("it belongs to another run")
+                found = self._read(step, lineage)
                 manifests.verify(found)
             except CheckpointError as error:
-                self.quarantine(step)
+                try:
+                    self.quarantine(step)
+                except FileNotFoundError:
+                    # The retention of a link that has not ended yet was faster.
+                    continue
                 on_bad(step, str(error))
                 continue
             return found
@@ -106,6 +114,10 @@ class Store:
                 metric=metric,
             )
             data = content.to_bytes()
+            try:
+                manifests.parse(data)
+            except CheckpointError as error:
+                raise CheckpointError(f"Step {step} cannot be saved: {error}.") from None
             files.write_new(partial / manifests.NAME, data)
             files.fsync_dir(partial)
             fence()
@@ -124,13 +136,18 @@ class Store:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             try:
-                manifests.read_committed(target, lineage)
+                self._read(step, lineage)
             except CheckpointError:
                 self.quarantine(step)
                 os.rename(partial, target)
             else:
                 raise HpcResumeError(f"{target.name} is committed already.") from None
-        files.fsync_dir(self.run.path)
+        try:
+            files.fsync_dir(self.run.path)
+        except OSError:
+            # It is not acknowledged, and so must not be found: the caller removes it.
+            os.rename(target, partial)
+            raise
 
     def prune(self, lineage: Lineage, policy: retention.Policy) -> list[int]:
         """Remove what the policy lets go; returns the steps. A failed removal is only logged."""
@@ -159,15 +176,21 @@ class Store:
         try:
             entries = [last.manifest.entry(name) for name in names]
             for entry in entries:
-                _copy_verified(last.path / entry.name, partial / entry.name, entry)
+                copy = partial / entry.name
+                if copy.parent != partial:
+                    copy.parent.mkdir(mode=0o700, exist_ok=True)
+                _copy_verified(last.path / entry.name, copy, entry)
+                files.fsync_dir(copy.parent)
             content = dataclasses.replace(last.manifest, files=tuple(entries))
             files.write_new(partial / manifests.NAME, content.to_bytes())
             files.fsync_dir(partial)
             target = self.run.final_model
+            doomed = self.run.partial("removed-final.0000")
             if target.exists():
-                os.rename(target, self.run.partial("removed-final.0000"))
+                os.rename(target, doomed)
             os.rename(partial, target)
             files.fsync_dir(self.run.path)
+            shutil.rmtree(doomed, ignore_errors=True)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

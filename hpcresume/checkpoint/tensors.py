@@ -7,6 +7,7 @@ back. Nothing is pickled; what is neither a tensor nor JSON is refused by name.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,8 @@ import torch
 
 from hpcresume.errors import CheckpointError
 
-#: Prefixes that wrappers (torch.compile, DDP, FSDP) put into names, at any depth.
-_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
+#: What wrappers (torch.compile, DDP, FSDP) put into names, at any depth.
+_WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module"})
 
 
 @dataclass(frozen=True)
@@ -48,30 +49,55 @@ def split(state: Any, what: str) -> Split:
 def _strip(value: Any, path: str, what: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         name = path or what
-        tensors[name] = value.detach()
+        if name in tensors:
+            raise CheckpointError(f"The state of '{what}' has two tensors named '{name}'.")
+        tensors[name] = _plain_tensor(value.detach(), name, what)
         return {"$tensor": name}
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if _is_scalar(value):
         return value
     if isinstance(value, Mapping):
-        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+        plain = not isinstance(value, Counter)
+        if plain and all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {key: _strip(v, _join(path, key), what, tensors) for key, v in value.items()}
         pairs = [
             [_key(k, what), _strip(v, _join(path, k), what, tensors)] for k, v in value.items()
         ]
-        return {"$dict": pairs}
+        # MultiStepLR keeps its milestones in a Counter, and asks for a Counter's methods.
+        return {"$dict": pairs} if plain else {"$counter": pairs}
     if isinstance(value, list):
         return [_strip(v, _join(path, i), what, tensors) for i, v in enumerate(value)]
     if isinstance(value, tuple):
         return {"$tuple": [_strip(v, _join(path, i), what, tensors) for i, v in enumerate(value)]}
-    if isinstance(value, (set, frozenset)):
-        return {"$set": sorted(value)}
+    if isinstance(value, (set, frozenset)) and all(_is_scalar(element) for element in value):
+        return {"$set": sorted(value, key=repr)}
     item = getattr(value, "item", None)
-    if callable(item) and getattr(value, "shape", None) == ():
-        return _strip(item(), path, what, tensors)  # a NumPy scalar
+    if callable(item) and getattr(value, "shape", None) == () and _is_scalar(number := item()):
+        return number  # a NumPy scalar
     raise CheckpointError(
         f"The state of '{what}' holds a {type(value).__name__} at '{path}', which is neither a "
         f"tensor nor JSON: let its state_dict() return tensors, numbers, texts, lists and dicts."
     )
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _plain_tensor(tensor: torch.Tensor, name: str, what: str) -> torch.Tensor:
+    """A tensor whose elements lie in memory of its own. Raises CheckpointError for any other."""
+    kind = ""
+    if tensor.is_meta:
+        kind = "on the meta device"
+    elif tensor.layout is not torch.strided:
+        kind = f"stored as {str(tensor.layout).removeprefix('torch.')}"
+    elif tensor.numel() and not tensor.data_ptr():
+        kind = f"a {type(tensor).__name__}, whose elements lie in other tensors"
+    if kind:
+        raise CheckpointError(
+            f"The state of '{what}' holds the tensor '{name}', which is {kind}: it cannot be saved "
+            f"as it is."
+        )
+    return tensor
 
 
 def _join(path: str, key: Any) -> str:
@@ -92,6 +118,8 @@ def join(tree: Any, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, s
             return tensors[aliases.get(name, name)]
         if "$dict" in tree:
             return {key: join(value, tensors, aliases) for key, value in tree["$dict"]}
+        if "$counter" in tree:
+            return Counter({key: join(v, tensors, aliases) for key, v in tree["$counter"]})
         if "$tuple" in tree:
             return tuple(join(value, tensors, aliases) for value in tree["$tuple"])
         if "$set" in tree:
@@ -104,11 +132,8 @@ def join(tree: Any, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, s
 
 def plain_name(name: str) -> str:
     """A parameter's name without what wrappers added, at any depth."""
-    for wrapper in _WRAPPERS:
-        while name.startswith(wrapper):
-            name = name[len(wrapper) :]
-        name = name.replace("." + wrapper, ".")
-    return name
+    *modules, last = name.split(".")
+    return ".".join([*(part for part in modules if part not in _WRAPPERS), last])
 
 
 def plain_state(module: torch.nn.Module, what: str) -> dict[str, torch.Tensor]:

@@ -52,6 +52,8 @@ def header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
         tensor = tensors[name]
         if tensor.dtype not in _DTYPES:
             raise CheckpointError(f"'{name}' has type {tensor.dtype}, which safetensors lacks.")
+        if name in content:
+            raise CheckpointError(f"A tensor cannot be named '{name}': safetensors means itself.")
         end = offset + tensor.numel() * tensor.element_size()
         content[name] = {
             "dtype": _DTYPES[tensor.dtype],
@@ -108,8 +110,11 @@ def write_json(path: Path, value: object, rank: int = 0) -> FileEntry:
     return FileEntry(name=path.name, bytes=len(data), chunks=hasher.chunks(), rank=rank)
 
 
-def adopt(path: Path, rank: int = 0) -> FileEntry:
-    """The entry of a file that other code has written; it is fsynced here. Raises OSError."""
+def adopt(path: Path, name: str, rank: int = 0) -> FileEntry:
+    """The entry, as `name`, of a file that other code has written and that is fsynced here.
+
+    Raises OSError.
+    """
     hasher = ChunkHasher()
     for piece in read_pieces(path):
         hasher.update(piece)
@@ -118,4 +123,4 @@ def adopt(path: Path, rank: int = 0) -> FileEntry:
         os.fsync(fd)
     finally:
         os.close(fd)
-    return FileEntry(name=path.name, bytes=hasher.bytes, chunks=hasher.chunks(), rank=rank)
+    return FileEntry(name=name, bytes=hasher.bytes, chunks=hasher.chunks(), rank=rank)

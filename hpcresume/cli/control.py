@@ -16,12 +16,12 @@ from hpcresume.cli.options import chosen_run, runs_option
 @runs_option
 def cancel(run: str | None, yes: bool, runs: str | None) -> int:
     """End the chain of RUN: its waiting jobs first, then the running one, which saves."""
-    from hpcresume import submit as verbs
+    from hpcresume.cancel import cancel as end_chain
 
     chosen = chosen_run(run, runs)
     if not yes and sys.stdin.isatty():
         click.confirm(f"End the chain of {chosen.name}?", abort=True)
-    jobs = verbs.cancel(chosen, os.environ)
+    jobs = end_chain(chosen, os.environ)
     words = ", ".join(f"{job.id} ({job.state.value})" for job in jobs) or "none was queued"
     click.echo(f"{chosen.name} is cancelled; jobs: {words}.")
     click.echo(f"What is saved stays: hpcresume resume {chosen.name} goes on with it.")

@@ -13,7 +13,6 @@ from hpcresume import files
 from hpcresume.cli.options import chosen_run, runs_option
 from hpcresume.errors import NotFound
 from hpcresume.run_dir import RunDir
-from hpcresume.status import read_story
 
 _POLL_S = 0.5
 
@@ -71,6 +70,8 @@ def _log_of(run: RunDir, number: int, rank: int) -> Path:
 
 
 def _follow(run: RunDir, rank: int, number: int) -> None:
+    from hpcresume.story import read_story
+
     position = files.size_or_zero(_log_of(run, number, rank)) if number else 0
     while True:
         newest = run.newest_link()

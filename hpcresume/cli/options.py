@@ -27,7 +27,7 @@ def chosen_run(text: str | None, runs: str | None) -> RunDir:
     root = runs_root(runs, os.environ)
     if text is not None:
         return find_run(text, root)
-    from hpcresume.status import read_story
+    from hpcresume.story import read_story
 
     known = all_runs(root)
     for run in known:

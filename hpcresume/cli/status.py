@@ -12,11 +12,11 @@ import click
 
 from hpcresume import status as statuses
 from hpcresume.cli.options import root_of, runs_option
-from hpcresume.config import read_frozen
-from hpcresume.errors import ConfigError, NotFound, Unavailable
+from hpcresume.errors import NotFound, Unavailable
 from hpcresume.run_dir import RunDir, all_runs, find_run
-from hpcresume.scheduler import process
+from hpcresume.scheduler.choice import asking_scheduler
 from hpcresume.scheduler.job import JobInfo
+from hpcresume.story import TOKEN, token_prefix
 
 SCHEMA_VERSION = 1
 _PATIENCE_S = 10.0
@@ -52,7 +52,7 @@ def status(
     else:
         from hpcresume.display.tables import status_table
 
-        status_table(rows)
+        click.echo(status_table(rows))
     return statuses.EXIT_CODES[rows[0].state] if exit_code and rows else 0
 
 
@@ -71,23 +71,20 @@ _slurm_jobs: dict[str, Any] = {}
 
 def _jobs(run: RunDir) -> tuple[list[JobInfo] | None, str]:
     """The run's living jobs. Slurm is asked once for all runs."""
-    from hpcresume.link import scheduler_of
-
     try:
-        config = read_frozen(run.config)
-        if config.scheduler.cluster == "debug":
+        scheduler = asking_scheduler(run, os.environ)
+        if scheduler is None:
             return [], ""
-        scheduler = scheduler_of(run, config, process.scrubbed(os.environ), submits=False)
-        prefix = statuses.token_prefix(run.identify()["id"])
+        prefix = token_prefix(run.identify()["id"])
         if scheduler.name == "local":
             return scheduler.find(prefix), ""
         if "answer" not in _slurm_jobs:
-            _slurm_jobs["answer"] = _with_patience(lambda: scheduler.find(statuses.TOKEN + ":"))
+            _slurm_jobs["answer"] = _with_patience(lambda: scheduler.find(TOKEN + ":"))
         answer = _slurm_jobs["answer"]
         if isinstance(answer, str):
             return None, answer
         return [job for job in answer if job.token.startswith(prefix)], ""
-    except (ConfigError, Unavailable) as error:
+    except Unavailable as error:
         return None, str(error)
 
 

@@ -87,13 +87,11 @@ def begin(run: RunDir, config: RunConfig, *, detach: bool) -> int:
     """Queue the run's next job and say so; drive it here where the backend is this machine."""
     from hpcresume import submit as verbs
 
-    if config.scheduler.cluster == "debug":
-        verbs.launch(run, config, os.environ)
+    submission = verbs.launch(run, config, os.environ)
+    if submission.scheduler is None or submission.job is None:
         outcome = verbs.run_debug(run)
         click.echo(f"{outcome.decision}: {outcome.reason}")
         return outcome.exit_code
-    submission = verbs.launch(run, config, os.environ)
-    assert submission.scheduler is not None and submission.job is not None
     local = submission.scheduler.name == "local"
     click.echo(_receipt(run, submission.job, "local job" if local else "job"))
     if not local:

@@ -7,23 +7,28 @@ is said at once: one ConfigError, one sentence for each finding, naming file and
 
 Imports point one way: loading -> variables -> layers -> schema, loading -> checks -> advice ->
 schema, changes -> schema. times, yaml_text and wording know no setting and serve all of them.
+The names are loaded when they are first used: who asks for the schema does not wait for YAML.
 """
 
 from __future__ import annotations
 
-from hpcresume.config.changes import difference
-from hpcresume.config.loading import default_path, dump, from_mapping, load, read_frozen
-from hpcresume.config.schema import (
-    ChainConfig,
-    CheckpointConfig,
-    ContainerConfig,
-    LogConfig,
-    RunConfig,
-    SchedulerConfig,
-    check_complete,
-    to_mapping,
-)
-from hpcresume.config.times import format_time, parse_time
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpcresume.config.changes import difference
+    from hpcresume.config.loading import default_path, dump, from_mapping, load, read_frozen
+    from hpcresume.config.schema import (
+        ChainConfig,
+        CheckpointConfig,
+        ContainerConfig,
+        LogConfig,
+        RunConfig,
+        SchedulerConfig,
+        check_complete,
+        to_mapping,
+    )
+    from hpcresume.config.times import format_time, parse_time
 
 __all__ = [
     "ChainConfig",
@@ -43,3 +48,21 @@ __all__ = [
     "read_frozen",
     "to_mapping",
 ]
+
+_HOMES = {
+    "difference": "changes",
+    "default_path": "loading",
+    "dump": "loading",
+    "from_mapping": "loading",
+    "load": "loading",
+    "read_frozen": "loading",
+    "format_time": "times",
+    "parse_time": "times",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'hpcresume.config' has no attribute '{name}'")
+    home = importlib.import_module(f"hpcresume.config.{_HOMES.get(name, 'schema')}")
+    return getattr(home, name)

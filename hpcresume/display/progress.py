@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,7 +22,6 @@ from rich.progress import (
 from rich.text import Text
 
 from hpcresume import files
-from hpcresume.display.tables import console
 from hpcresume.run_dir import RunDir
 
 _LOOK_S = 0.25
@@ -32,7 +32,7 @@ class LocalProgress:
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
-        self._console = console()
+        self._console = Console(highlight=False)
         self._looked_at = 0.0
         self._numbers: list[int] = run.link_numbers()
         self._positions = {n: files.size_or_zero(run.link(n).rank_log(0)) for n in self._numbers}

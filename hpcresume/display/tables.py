@@ -1,57 +1,74 @@
-"""Tables of the command line."""
+"""Tables of the command line.
+
+Written without rich, whose import alone costs half of what `status` may take: people type it all
+day, on login nodes with slow file systems.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Sequence
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from hpcresume.status import RunStatus
 
-_STATE_STYLE = {
-    "complete": "green",
-    "running": "cyan",
-    "waiting": "yellow",
-    "stopped": "magenta",
-    "failed": "bold red",
-    "stalled": "bold red",
+_COLUMNS = ("RUN", "STATE", "STEP", "%", "LOSS", "LINK", "JOB", "LEFT", "CHECKPOINT")
+_TO_THE_RIGHT = frozenset({"%", "LOSS", "LINK", "LEFT"})
+#: SGR codes of a terminal.
+_STYLES = {
+    "complete": "32",
+    "running": "36",
+    "waiting": "33",
+    "stopped": "35",
+    "failed": "1;31",
+    "stalled": "1;31",
+    "dim": "2",
 }
 
 
-def console() -> Console:
-    """Standard output. Off a terminal it is wide enough that no cell is cut."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=200)
+def status_table(rows: Sequence[RunStatus]) -> str:
+    """One row a run, and its reason below; on a narrow terminal, a few lines a run."""
+    cells = [dict(zip(_COLUMNS, _cells(row), strict=True)) for row in rows]
+    widths = {c: max(len(c), *(len(row[c]) for row in cells)) for c in _COLUMNS}
+    narrow = sys.stdout.isatty() and sum(widths.values()) + 2 * len(widths) > _terminal_width()
+    lines = _cards(cells) if narrow else _lines(cells, widths)
+    lines += [f"{_styled(row.name + ':', 'dim')} {row.why}" for row in rows if row.why]
+    return "\n".join(lines)
 
 
-def status_table(rows: Sequence[RunStatus]) -> None:
-    """Print one row a run, and its reason below where there is one."""
-    out = console()
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("RUN", "STATE", "STEP", "%", "LOSS", "LINK", "JOB", "LEFT", "CHECKPOINT"):
-        justify = "right" if name in ("%", "LOSS", "LINK", "LEFT") else "left"
-        table.add_column(name, justify=justify, no_wrap=name != "RUN", overflow="fold")  # type: ignore[arg-type]
-    for row in rows:
-        table.add_row(*_cells(row))
-    out.print(table)
-    for row in rows:
-        if row.why:
-            out.print(Text.assemble((f"{row.name}: ", "dim"), row.why))
+def _lines(cells: Sequence[dict[str, str]], widths: dict[str, int]) -> list[str]:
+    def padded(row: dict[str, str], column: str) -> str:
+        text = row[column]
+        gap = " " * (widths[column] - len(text))
+        shown = _styled(text, text) if column == "STATE" else text
+        return gap + shown if column in _TO_THE_RIGHT else shown + gap
+
+    head = "  ".join(padded({c: c for c in _COLUMNS}, c) for c in _COLUMNS).rstrip()
+    body = ["  ".join(padded(row, c) for c in _COLUMNS).rstrip() for row in cells]
+    return [_styled(head, "dim"), *body]
 
 
-def _cells(row: RunStatus) -> list[Text | str]:
+def _cards(cells: Sequence[dict[str, str]]) -> list[str]:
+    lines = []
+    for row in cells:
+        lines.append(f"{row['RUN']}  {_styled(row['STATE'], row['STATE'])}")
+        for column in _COLUMNS[2:]:
+            if row[column]:
+                lines.append(f"  {_styled(f'{column.lower():<10}', 'dim')} {row[column]}")
+    return lines
+
+
+def _cells(row: RunStatus) -> list[str]:
     total = row.total_steps
-    job = row.job + (f" ({row.node})" if row.node else "")
     return [
         row.name,
-        Text(row.state, style=_STATE_STYLE[row.state]),
+        row.state,
         f"{row.step}/{total}" if total else str(row.step),
         f"{100 * row.step / total:.0f}%" if total else "",
         "" if row.loss is None else f"{row.loss:.4f}",
         str(row.link or ""),
-        job,
+        row.job + (f" ({row.node})" if row.node else ""),
         "" if row.time_left_s is None else clock(row.time_left_s),
         _checkpoint(row),
     ]
@@ -62,6 +79,17 @@ def _checkpoint(row: RunStatus) -> str:
         return "none yet"
     age = ago(row.checkpoint_age_s or 0)
     return f"step {row.checkpoint_step}, {age} ago{', verified' if row.checkpoint_verified else ''}"
+
+
+def _styled(text: str, style: str) -> str:
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR")
+    if (plain and not os.environ.get("FORCE_COLOR")) or style not in _STYLES:
+        return text
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+
+
+def _terminal_width() -> int:
+    return shutil.get_terminal_size().columns
 
 
 def clock(seconds: float) -> str:

@@ -8,6 +8,7 @@ variables exclude each other, format variables change the answers).
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,11 @@ def scrubbed(environ: Mapping[str, str]) -> dict[str, str]:
         for name, value in environ.items()
         if name in _KEPT or not (name.startswith(_SCRUBBED) or name in _SCRUBBED_NAMES)
     }
+
+
+def available(program: str, environ: Mapping[str, str]) -> bool:
+    """Whether a program is found on an environment's PATH."""
+    return shutil.which(program, path=environ.get("PATH", os.defpath)) is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -46,11 +45,6 @@ class Launcher(Protocol):
         sbatch: Callable[[Path], str],
     ) -> str:
         """Submit the script that `text_of(command, prepare)` gives; returns the job id."""
-
-
-def available(environ: Mapping[str, str]) -> bool:
-    """Whether this machine can submit to a Slurm."""
-    return shutil.which("sbatch", path=environ.get("PATH")) is not None
 
 
 class SlurmScheduler:

@@ -87,10 +87,6 @@ def start(
         return _LocalStep(_start_processes(command, environment, log, num_tasks))
     output = output_pattern(log("%t"))
     srun = srun_command(allocation, environment, output, num_tasks)
-    cpus = environment.get("SLURM_CPUS_PER_TASK")
-    if cpus:
-        # From 22.05 on srun does not inherit it, and would give every rank a single CPU.
-        environment["SRUN_CPUS_PER_TASK"] = cpus
     # srun's own words go where this process's do: into the log of the job.
     spawned = process.spawn([*srun, *srun_options, *command], environ=environment, output=_STDERR)
     assert allocation.job_id is not None
@@ -115,6 +111,7 @@ def srun_command(
         "nodes": min(allocation.num_nodes, num_tasks),
         "ntasks": num_tasks,
     }
+    # From 22.05 on srun does not inherit this one, and would give every rank a single CPU.
     if environ.get("SLURM_CPUS_PER_TASK"):
         options["cpus-per-task"] = environ["SLURM_CPUS_PER_TASK"]
     return ["srun", "--unbuffered", *(f"--{name}={value}" for name, value in options.items())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +10,14 @@ from typing import Any
 import torch
 
 from hpcresume import files
+from hpcresume.errors import UsageError
 from hpcresume.run_dir import LinkDir
 
+log = logging.getLogger(__name__)
+
 _HISTORY = 100
+#: What each line begins with.
+_OWN = frozenset({"step", "epoch"})
 
 
 class MetricLog:
@@ -33,8 +39,9 @@ class MetricLog:
         if self._lines is None:
             return
         for name, value in values.items():
-            kept = value.detach().clone() if isinstance(value, torch.Tensor) else value
-            self._step.setdefault(name, []).append(kept)
+            if name in _OWN:
+                raise UsageError(f"session.log({name}=…): {name} is logged without asking.")
+            self._step.setdefault(name, []).append(_kept(name, value))
 
     def end_step(self, step: int, epoch: int) -> None:
         """The step is over; what was logged belongs to it."""
@@ -43,7 +50,10 @@ class MetricLog:
             self._step = {}
 
     def flush(self) -> None:
-        """Write what waits; the latest line is in `latest` then."""
+        """Write what waits; the latest line is in `latest` then.
+
+        What a full disk refuses is kept for the next time: training does not end by it.
+        """
         if self._lines is None or not self._waiting:
             return
         lines = [
@@ -51,11 +61,14 @@ class MetricLog:
             for step, epoch, values in self._waiting
         ]
         self._waiting = []
-        self._lines.append(*lines)
         self.latest = lines[-1]
+        try:
+            self._lines.append(*lines)
+        except OSError as error:
+            log.warning("the metrics wait in memory, their file cannot be written: %s", error)
 
     def sync(self) -> int:
-        """Flush, fsync; the length of the log in bytes."""
+        """Flush, fsync; the length of the log in bytes. Raises OSError."""
         self.flush()
         if self._lines is None:
             return 0
@@ -79,8 +92,25 @@ def _mean(values: list[Any]) -> Any:
 def _number(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.item() if value.numel() == 1 else value.tolist()
-    item = getattr(value, "item", None)
-    return item() if callable(item) else value
+    return value
+
+
+def _kept(name: str, value: Any) -> Any:
+    """A value as it is now; numbers and arrays of NumPy become Python's."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    tolist = getattr(value, "tolist", None)
+    plain = tolist() if callable(tolist) else value
+    try:
+        files.to_json(plain)
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"session.log({name}=…): a {type(value).__name__} cannot be logged, only numbers, "
+            f"texts, tensors, and lists of them."
+        ) from None
+    return plain
 
 
 def trainer_state(
