@@ -12,7 +12,7 @@ quickstart: .venv/.installed
 	@if [ -e runs/quickstart/run.yaml ]; then \
 		$(BIN)/hpcresume resume quickstart; \
 	else \
-		$(BIN)/hpcresume submit configs/quickstart.yaml --cluster local --time 00:00:16 \
+		$(BIN)/hpcresume submit configs/quickstart.yaml --cluster local --time 00:00:13 \
 			--set chain.lead_s=2; \
 	fi
 

@@ -100,6 +100,7 @@ class Model(nn.Module):
 def train(session: hpcresume.Session) -> None:
     """Train; then let the finished model write a few lines."""
     args = session.args
+    torch.set_num_threads(args.threads)
     text = Text(args.context)
     sizes = {"width": args.width, "layers": args.layers, "heads": args.heads}
     model = Model(len(text.alphabet), args.context, dropout=args.dropout, **sizes)

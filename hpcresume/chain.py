@@ -132,7 +132,7 @@ def decide(history: Sequence[PastLink], budgets: Budgets) -> Decision:
     if cause in PLANNED:
         return _go_on(last, f"{_PLANNED_WORDS[cause]}; step {last.committed_step} is committed")
     crashes = sum(link.cause in CRASHES for link in _idle(history))
-    if cause in CRASHES and crashes > budgets.max_crashes:
+    if crashes > budgets.max_crashes:
         return Decision(
             kind="stop",
             reason=f"{crashes} links failed without a newly committed step between them (allowed: "
@@ -164,7 +164,9 @@ def _terminal(last: PastLink) -> Decision | None:
     if last.cause is Cause.CANCELLED:
         who = last.who or "unknown"
         reason = f"cancelled by {'user unknown' if who == 'unknown' else who}"
-        return Decision(kind="stop", reason=_with(reason, last.detail), cause=last.cause)
+        if last.detail:
+            reason += f" ({last.detail})"
+        return Decision(kind="stop", reason=reason, cause=last.cause)
     if last.cause is Cause.STOPPED:
         return Decision(kind="stop", reason=last.detail or "stop was asked for", cause=last.cause)
     if last.cause is Cause.CONFIGURATION:
@@ -266,7 +268,7 @@ def cause_of(evidence: Evidence) -> tuple[Cause, str]:
     if evidence.completed:
         return Cause.COMPLETED, ""
     if evidence.user_stop:
-        return Cause.CANCELLED, "by hpcresume cancel"
+        return Cause.CANCELLED, "hpcresume cancel"
     if job is not None and job.state is JobState.CANCELLED:
         return Cause.CANCELLED, f"job {job.id}"
     if job is not None and job.state in _BY_STATE:

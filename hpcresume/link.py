@@ -402,7 +402,8 @@ class _Supervisor:
             environ["HPCRESUME_SUPERVISOR"] = str(os.getpid())
         if self.end_time is not None:
             environ["HPCRESUME_DEADLINE"] = f"{self.end_time - self._lead_s():.1f}"
-        python = sys.executable
+        container = self.config.scheduler.container
+        python = sys.executable if container is None else container.python
         argv = ["-m", "hpcresume", "rank", str(self.run.path), "--link", str(link.number)]
         return step.start(
             self.job,
@@ -511,7 +512,8 @@ class _Supervisor:
         )
         self._write_ended(past)
         history = self._with_history(story, past)
-        decision = self._cancelled_successor(story) if cause is not Cause.COMPLETED else None
+        settled = cause in (Cause.COMPLETED, Cause.CANCELLED)
+        decision = None if settled else self._cancelled_successor(story)
         decision = decision or chain.decide(history, self.budgets)
         if decision.kind == "continue":
             decision = self._ensure_successor(decision)

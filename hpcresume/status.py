@@ -5,6 +5,7 @@ Reads only; never imports torch.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,8 +45,12 @@ class RunStatus:
     queued: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {**self.__dict__, "path": str(self.path)}
+        """For `--json`, which has no word for a loss that is no number any more: null."""
+        values = {**self.__dict__, "path": str(self.path)}
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
 
 
 #: `status --exit-code`
@@ -65,7 +70,7 @@ def read_status(run: RunDir, jobs: Sequence[JobInfo] | None, note: str = "") -> 
     `jobs` are its living jobs; None where the scheduler did not answer, and `note` says so.
     """
     story = read_story(run)
-    live = files.read_json_or_none(run.trainer_state) or {}
+    live = _live(run)
     over = lineage(run, story.links)
     committed = Store(run, story.run_id).committed(over)
     last = committed[-1] if committed else None
@@ -79,9 +84,9 @@ def read_status(run: RunDir, jobs: Sequence[JobInfo] | None, note: str = "") -> 
         path=run.path,
         state=state,
         step=_step(live, last, state),
-        total_steps=live.get("total_steps"),
-        epoch=float(live.get("epoch", 0.0)),
-        loss=_loss(run, live),
+        total_steps=_whole(live.get("total_steps")),
+        epoch=float(_number(live.get("epoch")) or 0.0),
+        loss=_loss(live),
         link=newest.number if newest is not None else 0,
         job=running.id if running else (pending[0].id if pending else ""),
         node=running.nodes if running else str(claim.get("host", "")) if state == "running" else "",
@@ -119,17 +124,33 @@ def _state(
     return "stalled", f"no job is queued and no reason recorded: hpcresume resume {story.run.name}"
 
 
+def _live(run: RunDir) -> dict[str, Any]:
+    """Progress as last published: a copy that may be lost, and that other tools may have edited."""
+    content = files.read_json_or_none(run.trainer_state)
+    return content if isinstance(content, dict) else {}
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, float) else _whole(value)
+
+
+def _whole(value: Any) -> int | None:
+    return value if type(value) is int and abs(value) < 2**63 else None
+
+
 def _step(live: Mapping[str, Any], last: Committed | None, state: str) -> int:
     """Live progress counts while it runs; otherwise the checkpoint is all there is."""
-    shown = int(live.get("global_step", 0))
+    shown = _whole(live.get("global_step")) or 0
     saved = last.step if last is not None else 0
     return max(shown, saved) if state in ("running", "complete") else saved or shown
 
 
-def _loss(run: RunDir, live: Mapping[str, Any]) -> float | None:
-    for entry in reversed(live.get("log_history") or []):
-        if isinstance(entry.get("loss"), (int, float)):
-            return float(entry["loss"])
+def _loss(live: Mapping[str, Any]) -> float | None:
+    history = live.get("log_history")
+    for entry in reversed(history if isinstance(history, list) else []):
+        loss = _number(entry.get("loss")) if isinstance(entry, dict) else None
+        if loss is not None:
+            return float(loss)
     return None
 
 

@@ -120,7 +120,7 @@ def refuse_existing(run: RunDir, config: RunConfig, environ: Mapping[str, str]) 
     if not is_run(run.path):
         raise ConfigError(f"{run.path} exists and is no run: choose another name (--name).")
     old = read_frozen(run.config)
-    where = live_jobs(run, old, environ)
+    where = live_jobs(run, environ)
     if where:
         raise RunLive(f"{run.name} is live: {where}. `hpcresume status` shows it.")
     changed = difference(old, config)
@@ -139,12 +139,12 @@ def refuse_existing(run: RunDir, config: RunConfig, environ: Mapping[str, str]) 
     )
 
 
-def live_jobs(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> str:
-    """Where a run lives now, as words; empty if nowhere. Raises Unavailable."""
+def live_jobs(run: RunDir, environ: Mapping[str, str], me: str | None = None) -> str:
+    """Where a run lives now besides job `me`, as words; empty if nowhere. Raises Unavailable."""
     story = read_story(run)
     scheduler = asking_scheduler(run, environ)
     if scheduler is not None:
-        jobs = find_jobs(scheduler, story.run_id)
+        jobs = [job for job in find_jobs(scheduler, story.run_id) if job.id != me]
         if jobs:
             words = (f"job {j.id} ({j.raw_state or j.state.value})" for j in jobs)
             return ", ".join(words)
@@ -250,7 +250,7 @@ def first_spec(run: RunDir, config: RunConfig) -> JobSpec:
 
 def dry_run(config: RunConfig, root: Path, *, project: Path, environ: Mapping[str, str]) -> str:
     """The exact batch script that submitting would hand to the scheduler."""
-    from hpcresume.scheduler.launcher import command_line
+    from hpcresume.scheduler.launcher import command_line, prepare_lines
     from hpcresume.scheduler.script import render
 
     assert config.name is not None
@@ -259,7 +259,7 @@ def dry_run(config: RunConfig, root: Path, *, project: Path, environ: Mapping[st
     spec = job_spec(
         run, config, lead_s=config.chain.lead_s or _FIRST_LEAD_S, project=project, run_id="RUN-ID"
     )
-    return render(spec, config.scheduler, command_line(spec))
+    return render(spec, config.scheduler, command_line(spec), prepare=prepare_lines(spec))
 
 
 def launch(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> Submission:
@@ -285,7 +285,9 @@ def _record(run: RunDir, token: str | None, job: str | None) -> None:
     journal.close()
 
 
-def ready_to_resume(run: RunDir, *, sets: Sequence[str], environ: Mapping[str, str]) -> RunConfig:
+def ready_to_resume(
+    run: RunDir, *, sets: Sequence[str], environ: Mapping[str, str], me: str | None = None
+) -> RunConfig:
     """Make a run that rests (stopped, failed, cancelled, stalled) ready for its next job.
 
     Values in `sets` act from here on, and are journalled. Raises RunLive, CheckpointError,
@@ -293,7 +295,7 @@ def ready_to_resume(run: RunDir, *, sets: Sequence[str], environ: Mapping[str, s
     """
     run.check_private()
     config = read_frozen(run.config)
-    where = live_jobs(run, config, environ)
+    where = live_jobs(run, environ, me)
     if where:
         raise RunLive(f"{run.name} is live: {where}. `hpcresume status` shows it.")
     story = read_story(run)
@@ -356,31 +358,44 @@ def adopt_batch(
     root: Path,
     environ: Mapping[str, str],
 ) -> RunDir:
-    """The run that a job of a user's own batch script works on: made by the first one.
+    """The run that a job of a user's own batch script works on: a new one, or one that rests.
 
     The script and the job's real options are frozen into the run, so that every further link gets
-    the same job, whatever stood on sbatch's command line.
+    the same job, whatever stood on sbatch's command line. Raises RunLive where it is live.
     """
-    config = read_config(path, sets=sets, options={}, environ={**environ})
+    config = read_config(path, sets=sets, options={}, environ=environ)
     assert config.name is not None
     run = RunDir(root / config.name)
-    if is_run(run.path):
-        _check_same(run, config)
-        return run
-    run = prepare(config, root, project=Path.cwd(), environ=environ)
     job = environ.get("SLURM_JOB_ID")
+    if is_run(run.path):
+        _check_rests(run, config, environ)
+        if read_story(run).completed:
+            return run
+        ready_to_resume(run, sets=(), environ=environ, me=job)
+    else:
+        run = prepare(config, root, project=Path.cwd(), environ=environ)
     if job:
         clean = process.scrubbed(environ)
         scheduler = SlurmScheduler(config.scheduler, environ=clean, launcher=None)
         text, options = scheduler.frozen_script(job)
         files.write_durably(run.script, text.encode(), mode=0o700)
         files.write_json(run.script_options, list(options))
+        # From here on `status` and `cancel` find this job like those that we submit.
+        scheduler.mark(job, first_spec(run, read_frozen(run.config)).token)
     _record(run, None, job)
     return run
 
 
-def _check_same(run: RunDir, config: RunConfig) -> None:
+def _check_rests(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> None:
+    """Let a further job of a user's script go on with a run, unless that is live or another one.
+
+    What the script asks of Slurm is the script's own matter, and no difference.
+    """
+    where = live_jobs(run, environ, me=environ.get("SLURM_JOB_ID"))
+    if where:
+        raise RunLive(f"{run.name} is live: {where}. `hpcresume status` shows it.")
     changed = difference(read_frozen(run.config), config)
+    changed = [line for line in changed if not line.startswith("scheduler.")]
     if changed:
         lines = "\n  ".join(changed)
         raise ConfigError(

@@ -249,7 +249,7 @@ def test_complete_run_is_finished_although_every_budget_is_spent() -> None:
 
 def test_cancelled_run_stops_and_names_who_did_it() -> None:
     decision = last_of(links(Cause.CANCELLED, who="ann", detail="job 12"))
-    assert (decision.kind, decision.reason) == ("stop", "cancelled by ann: job 12")
+    assert (decision.kind, decision.reason) == ("stop", "cancelled by ann (job 12)")
 
 
 @pytest.mark.parametrize("who", ["", "unknown"])
@@ -397,6 +397,11 @@ def test_exception_that_an_outside_end_caused_is_not_blamed_on_the_code(cause: C
     assert last_of(history).kind == "continue"
 
 
+def test_exception_that_a_preemption_caused_before_does_not_count_as_the_first() -> None:
+    history = [*links(Cause.PREEMPTED, failure=crash().failure), crash()]
+    assert last_of(history).kind == "continue"
+
+
 # The crash budget
 
 
@@ -492,9 +497,9 @@ def test_hours_within_max_hours_go_on() -> None:
 
 
 def test_max_hours_stops_with_the_numbers() -> None:
-    history = links(Cause.TIME_LIMIT, Cause.TIME_LIMIT, progress=True, seconds=5400.0)
+    history = links(Cause.TIME_LIMIT, Cause.TIME_LIMIT, progress=True, seconds=4500.0)
     decision = last_of(history, Budgets(max_hours=2.5))
-    assert decision.kind == "stop" and decision.reason == "3.0 hours are used up (max_hours: 2.5)"
+    assert decision.kind == "stop" and decision.reason == "2.5 hours are used up (max_hours: 2.5)"
 
 
 # Of any history

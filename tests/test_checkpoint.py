@@ -232,8 +232,9 @@ MIXED = {
 }
 
 
-def test_every_tensor_lies_aligned_in_its_file(tmp_path: Path) -> None:
-    writer.write_safetensors(tmp_path / "x", MIXED, {})
+@pytest.mark.parametrize("length", range(8))
+def test_every_tensor_lies_aligned_in_its_file(tmp_path: Path, length: int) -> None:
+    writer.write_safetensors(tmp_path / "x", MIXED, {"text": "x" * length})
     data = (tmp_path / "x").read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
@@ -1144,6 +1145,13 @@ def test_what_has_a_wrong_file_is_not_counted_as_a_checkpoint(store: Store, dama
     assert steps(store) == []
 
 
+def test_file_that_becomes_a_link_while_it_is_looked_at_is_found(store: Store) -> None:
+    committed = checkpoint_with_tensors(store, 10)
+    turn_into_link(committed.path / "rng.json")
+    with pytest.raises(CheckpointError, match=r"rng\.json cannot be read"):
+        verify(committed)
+
+
 def test_checkpoint_that_vanishes_while_it_is_looked_at_is_passed_over(store: Store) -> None:
     class Removing(Lineage):
         """Stands for another link's retention, which comes between two calls."""
@@ -1372,9 +1380,15 @@ def test_fenced_link_publishes_nothing(store: Store) -> None:
 
 
 def test_commit_that_is_fenced_in_its_last_moment_is_not_acknowledged(store: Store) -> None:
-    answers = iter([lambda: None, fenced])
+    asked = []
+
+    def second_time() -> None:
+        asked.append(store.run.checkpoint_steps())
+        if len(asked) == 2:
+            fenced()
+
     with pytest.raises(Fenced):
-        commit(store, 20, fence=lambda: next(answers)())
+        commit(store, 20, fence=second_time)
     assert (latest(store, ADOPTED), quarantined(store)) == (None, ["quarantined-20"])
 
 
@@ -1423,9 +1437,10 @@ def test_retention_keeps_the_largest_where_larger_is_better() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_number_that_is_none_is_never_the_best(value: float) -> None:
-    found = [manifest(1, 0.5), manifest(2, value), manifest(3)]
-    assert kept(found, last=1, best=1) == [1, 3]
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_number_that_is_none_is_never_the_best(value: float, mode: str) -> None:
+    found = [manifest(1, value, mode), manifest(2, 0.5, mode), manifest(3, value, mode)]
+    assert kept([*found, manifest(4)], last=1, best=1) == [2, 4]
 
 
 @pytest.mark.parametrize("policy", [{"last": 0, "best": 0}, {"last": 1, "best": 0}])
@@ -1870,11 +1885,14 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str]]:
     """The calls of a commit as (call, path below the run), in order; p/ is the partial one."""
     if shutil.which("strace") is None:
         pytest.skip("needs strace, to see the calls")
-    root = tmp_path_factory.mktemp("trace")
+    return traced(COMMIT, tmp_path_factory.mktemp("trace"))
+
+
+def traced(script: str, root: Path) -> list[tuple[str, str]]:
     run = make_run(root / "run")
     log = root / "log"
     wrapper = ["strace", "-f", "-y", "-o", str(log), "-e", "trace=write,fsync,rename,mkdir"]
-    done = run_python(COMMIT, str(run.path), wrapper=wrapper)
+    done = run_python(script, str(run.path), wrapper=wrapper)
     if done.returncode:
         pytest.skip(f"strace does not work here: {done.stderr[-200:]}")
     calls = []
@@ -1912,3 +1930,39 @@ def test_directory_is_synced_between_manifest_and_rename(trace: list[tuple[str, 
 def test_run_directory_is_synced_before_the_acknowledgement(trace: list[tuple[str, str]]) -> None:
     after = trace[trace.index(("rename", "p")) + 1 :]
     assert after[0] == ("fsync", ".")
+
+
+OBJECTS = """
+import sys
+from pathlib import Path
+import torch
+from hpcresume.checkpoint.contents import Contents
+from hpcresume.checkpoint.store import Store
+from hpcresume.journal import Lineage
+from hpcresume.run_dir import RunDir
+
+class Tokenizer:
+    def save_pretrained(self, directory):
+        Path(directory, "vocab.txt").write_text("a")
+        Path(directory, "templates").mkdir()
+        Path(directory, "templates", "chat.jinja").write_text("b")
+
+contents = Contents()
+contents.add("model", torch.nn.Linear(2, 2))
+contents.add("config", {"a": 1})
+contents.add("tokenizer", Tokenizer())
+committed = Store(RunDir(Path(sys.argv[1])), "r").commit(
+    lambda directory: contents.write(directory, {}, []), step=20, epoch=0, link=1, parent=None,
+    metric=None, lineage=Lineage(), fence=lambda: None)
+print(*(entry.name for entry in committed.manifest.files))
+"""
+
+
+def test_every_file_of_registered_objects_is_synced_before_the_rename(tmp_path: Path) -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("needs strace, to see the calls")
+    trace = traced(OBJECTS, tmp_path)
+    synced = {path for call, path in trace[: trace.index(("rename", "p"))] if call == "fsync"}
+    names = ["model.safetensors", "config.json", "rng.json", "state.json", "vocab.txt"]
+    names += ["templates/chat.jinja", "templates", "manifest.json"]
+    assert {f"p/{name}" for name in names} <= synced

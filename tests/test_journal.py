@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -191,13 +192,62 @@ print(0)
     assert python(script, tmp_path / "state.json") == 0
 
 
+DURABLE = """
+import sys
+from pathlib import Path
+from hpcresume import files
+from hpcresume.journal import Journal
+from hpcresume.run_dir import RunDir
+root = Path(sys.argv[1])
+files.write_json(root / "state", {"a": 1})
+journal = Journal(root / "journal", link=1, job=None)
+journal.write("saved", step=1)
+journal.write("saved", step=2)
+RunDir(root).claim_link({})
+"""
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The calls with which a file, a journal and a claim are written, and their paths."""
+    if shutil.which("strace") is None:
+        pytest.skip("needs strace, to see the calls")
+    root = tmp_path_factory.mktemp("durable")
+    (root / "links").mkdir()
+    log = root.with_name("durable.log")
+    trace = ("strace", "-f", "-y", "-o", str(log), "-e", "trace=write,fsync,rename")
+    python(f"{DURABLE}\nprint(0)", root, wrapper=trace)
+    found = re.findall(r"^\d+ +(\w+)\((?:\d+<([^>]*)>|\"([^\"]*)\")", log.read_text(), re.M)
+    paths = [(call, Path(by_fd or by_name)) for call, by_fd, by_name in found]
+    below = [
+        (call, str(path.relative_to(root))) for call, path in paths if root in (path, *path.parents)
+    ]
+    return [f"{call} {re.sub('[.](state|claim)[^/]*', 'new', path)}" for call, path in below]
+
+
+def test_replaced_file_is_durable_by_its_own_sync_and_its_directory_s(
+    calls: list[str],
+) -> None:
+    assert calls[:4] == ["write new", "fsync new", "rename new", "fsync ."]
+
+
+def test_record_is_durable_by_the_sync_of_the_line_and_of_the_new_file_s_name(
+    calls: list[str],
+) -> None:
+    assert calls[4:9] == ["fsync .", *["write journal", "fsync journal"] * 2]
+
+
+def test_claim_is_durable_by_the_sync_of_all_that_it_is_made_of(calls: list[str]) -> None:
+    assert calls[9:] == [
+        "write links/new/claim.json",
+        "fsync links/new/claim.json",
+        "fsync links/new",
+        "rename links/new",
+        "fsync links",
+    ]
+
+
 # Claims
-
-
-def sizes(run: RunDir, number: int) -> dict[str, int]:
-    adopted = files.read_json(run.link(number).claim)["adopted"]
-    assert isinstance(adopted, dict)
-    return adopted
 
 
 def test_claims_are_numbered_from_one(run: RunDir) -> None:

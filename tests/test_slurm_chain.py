@@ -148,7 +148,7 @@ def new_chain(cluster: SlurmCluster, folder: Path, **changes: Any) -> Chain:
 
 # ---- the main job --------------------------------------------------------------------------
 
-QUICK = ("--set", "max_steps=100", "--set", "args.batch_size=4", "--set", "args.context=32")
+QUICK = ("--set", "max_steps=100", "--set", "args.batch_size=4")
 
 
 def quickstart_uncut(folder: Path) -> dict[str, Any]:

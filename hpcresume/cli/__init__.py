@@ -6,12 +6,14 @@ Commands are imported when they are called: a login node's file system is slow.
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
 from typing import Any, NoReturn
 
 import click
 
-from hpcresume.errors import HpcResumeError
+from hpcresume.errors import HpcResumeError, Unavailable
 
 #: Command -> module below this package; the function has the command's name.
 _COMMANDS = {
@@ -50,6 +52,15 @@ class _Lazy(click.Group):
             ctx.fail(f"No command '{args[0]}'.{hint} Commands: {known}.")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # The reader of a pipe has seen enough. What is still buffered must go somewhere.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            return 0
+
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hpcresume")
@@ -59,6 +70,10 @@ def cli() -> None:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code; errors are one sentence on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that knows no line drawing shall show a question mark, not a traceback.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code: Any = cli.main(args=argv, prog_name="hpcresume", standalone_mode=False)
     except HpcResumeError as error:
@@ -69,8 +84,14 @@ def main(argv: list[str] | None = None) -> NoReturn:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = 130
-    except BrokenPipeError:
-        # The reader of a pipe has seen enough.
-        sys.stdout = None
-        code = 0
+    except OSError as error:
+        words = sys.argv[1:] if argv is None else argv
+        if words and words[0] in _HIDDEN:
+            # Nobody watches these; the log of the job is to tell the whole.
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"hpcresume: {where}{error.strerror or error}. Mend it, and try again.", file=sys.stderr
+        )
+        code = Unavailable.exit_code
     sys.exit(code if isinstance(code, int) else 0)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import click
 
@@ -36,20 +35,21 @@ def logs(
     chosen = chosen_run(run, runs)
     numbers = [number] if number is not None else chosen.link_numbers()
     if number is not None and number not in chosen.link_numbers():
-        raise NotFound(f"{chosen.name} has no link {number} (links: 1 to {chosen.newest_link()}).")
-    text = [line for one in numbers for line in _of_link(chosen, one, rank)]
+        known = f"1 to {chosen.newest_link()}" if chosen.newest_link() else "none yet"
+        raise NotFound(f"{chosen.name} has no link {number} (links: {known}).")
+    text, position = _read_all(chosen, numbers, rank)
     if not text and not follow:
         raise NotFound(f"{chosen.name} has printed nothing yet.")
     for line in text[-lines:] if lines else text if lines is None else []:
         click.echo(line)
     if follow:
-        _follow(chosen, rank, numbers[-1] if numbers else 0)
+        _follow(chosen, rank, numbers[-1] if numbers else 0, position)
     return 0
 
 
 def heading(run: RunDir, number: int) -> str:
     """`── link 3 · job 4711 · gpu017 ──`"""
-    claim = files.read_json_or_none(run.link(number).claim) or {}
+    claim = _claim(run, number)
     parts = [f"link {number}"]
     if claim.get("job"):
         parts.append(f"job {claim['job']}")
@@ -57,25 +57,42 @@ def heading(run: RunDir, number: int) -> str:
     return f"── {' · '.join(parts)} ──"
 
 
-def _of_link(run: RunDir, number: int, rank: int) -> Iterator[str]:
-    yield heading(run, number)
-    log = _log_of(run, number, rank)
-    if log.exists():
-        yield from log.read_text(encoding="utf-8", errors="replace").splitlines()
+def _claim(run: RunDir, number: int) -> dict[str, Any]:
+    content = files.read_json_or_none(run.link(number).claim)
+    return content if isinstance(content, dict) else {}
 
 
-def _log_of(run: RunDir, number: int, rank: int) -> Path:
-    """A rank's log; a link in the foreground has none of its own and printed to its terminal."""
-    return run.link(number).rank_log(rank)
+def _read_all(run: RunDir, numbers: list[int], rank: int) -> tuple[list[str], int]:
+    """The lines of some links with their headings, and how much of the last log they are."""
+    text: list[str] = []
+    position = 0
+    for number in numbers:
+        text.append(heading(run, number))
+        data = _read(run, number, rank, 0)
+        if data is None and _claim(run, number).get("foreground"):
+            text.append(f"(it printed to its own terminal; its log lines are in {run.train_log})")
+        whole = data or b""
+        position = len(whole)
+        text += whole.decode(errors="replace").splitlines()
+    return text, position
 
 
-def _follow(run: RunDir, rank: int, number: int) -> None:
+def _read(run: RunDir, number: int, rank: int, position: int) -> bytes | None:
+    """A rank's log from a position on; None where there is none, as of a link in the foreground."""
+    try:
+        with run.link(number).rank_log(rank).open("rb") as file:
+            file.seek(position)
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def _follow(run: RunDir, rank: int, number: int, position: int) -> None:
     from hpcresume.story import read_story
 
-    position = files.size_or_zero(_log_of(run, number, rank)) if number else 0
     while True:
         newest = run.newest_link()
-        position = _print_from(run, number, rank, position)
+        position += _print_from(run, number, rank, position)
         if number < newest:
             number, position = number + 1, 0
             click.echo(heading(run, number))
@@ -88,13 +105,9 @@ def _follow(run: RunDir, rank: int, number: int) -> None:
 
 
 def _print_from(run: RunDir, number: int, rank: int, position: int) -> int:
-    try:
-        with _log_of(run, number, rank).open("rb") as file:
-            file.seek(position)
-            data = file.read()
-    except FileNotFoundError:
-        return position
+    """Print what is new in a log; returns how many bytes that were."""
+    data = _read(run, number, rank, position) or b""
     if data:
         sys.stdout.write(data.decode(errors="replace"))
         sys.stdout.flush()
-    return position + len(data)
+    return len(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from hpcresume.errors import NotFound
+from hpcresume.errors import NotFound, UsageError
 from hpcresume.run_dir import RunDir, all_runs, find_run, runs_root
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -24,20 +25,33 @@ def runs_option(command: F) -> F:
 
 def chosen_run(text: str | None, runs: str | None) -> RunDir:
     """RUN as a path or a name; by default the newest unfinished one. Raises NotFound."""
-    root = runs_root(runs, os.environ)
+    root = root_of(runs)
     if text is not None:
         return find_run(text, root)
     from hpcresume.story import read_story
 
     known = all_runs(root)
     for run in known:
-        if not read_story(run).completed:
-            return run
+        # One that is damaged is nobody's default, but may be named.
+        with contextlib.suppress(NotFound):
+            if not read_story(run).completed:
+                return run
     if known:
         return known[0]
-    raise NotFound(f"There is no run in {root}: `hpcresume submit` begins one.")
+    raise no_run(root)
+
+
+def no_run(root: Path) -> NotFound:
+    """What is said where there is no run at all."""
+    return NotFound(f"There is no run in {root}: `hpcresume submit` begins one.")
 
 
 def root_of(runs: str | None) -> Path:
-    """The folder of runs."""
-    return runs_root(runs, os.environ)
+    """The folder of runs, which may not be there yet. Raises UsageError where it is a file."""
+    root = runs_root(runs, os.environ)
+    for path in (root, *root.parents):
+        if path.exists():
+            if path.is_dir():
+                break
+            raise UsageError(f"{path} is no folder: let --runs or $HPCRESUME_RUNS name one.")
+    return root

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from hpcresume import status as statuses
-from hpcresume.cli.options import root_of, runs_option
+from hpcresume.cli.options import no_run, root_of, runs_option
 from hpcresume.errors import NotFound, Unavailable
 from hpcresume.run_dir import RunDir, all_runs, find_run
 from hpcresume.scheduler.choice import asking_scheduler
@@ -39,11 +39,15 @@ def status(
     root = root_of(runs)
     chosen = [find_run(run, root)] if run else all_runs(root)
     if not chosen:
-        raise NotFound(f"There is no run in {root}: `hpcresume submit` begins one.")
+        raise no_run(root)
     if not as_json:
         # Said before the scheduler is asked, which may take its time.
         click.echo(f"{chosen[0].path if run else root}", nl=True)
-    rows = [_read(one) for one in chosen]
+    rows, damaged = _read_all(chosen)
+    if damaged and not rows:
+        raise damaged[0]
+    for error in damaged:
+        click.echo(f"hpcresume: {error}", err=True)
     if not run and not everything:
         rows = _interesting(rows)
     if as_json:
@@ -54,6 +58,18 @@ def status(
 
         click.echo(status_table(rows))
     return statuses.EXIT_CODES[rows[0].state] if exit_code and rows else 0
+
+
+def _read_all(runs: Sequence[RunDir]) -> tuple[list[statuses.RunStatus], list[NotFound]]:
+    """How runs stand; a damaged one must not hide the others."""
+    rows: list[statuses.RunStatus] = []
+    damaged: list[NotFound] = []
+    for run in runs:
+        try:
+            rows.append(_read(run))
+        except NotFound as error:
+            damaged.append(error)
+    return rows, damaged
 
 
 def _interesting(rows: Sequence[statuses.RunStatus]) -> list[statuses.RunStatus]:

@@ -43,6 +43,8 @@ def submit(config: Path | None, config_option: Path | None, runs: str | None, **
     """Submit a run: CONFIG, else ./hpcresume.yaml, else configs/quickstart.yaml."""
     from hpcresume import submit as verbs
 
+    if config and config_option and config != config_option:
+        raise UsageError(f"Two configurations are named, {config} and {config_option}: name one.")
     path = config_option or config or default_path(Path.cwd())
     if path is None:
         raise UsageError(
@@ -104,13 +106,16 @@ def begin(run: RunDir, config: RunConfig, *, detach: bool) -> int:
 
 def _receipt(run: RunDir, job: str, word: str) -> str:
     name = run.name
+    useful = [
+        ("hpcresume status", "how it stands"),
+        (f"hpcresume logs -f {name}", "what it prints, over all jobs"),
+        (f"hpcresume cancel {name}", "end the chain"),
+    ]
+    width = max(len(command) for command, _ in useful)
     return (
         f"run        {name}\n"
         f"{word:<10} {job}\n"
         f"directory  {run.path}\n"
         f"log        {run.train_log}\n"
-        f"\n"
-        f"  hpcresume status            how it stands\n"
-        f"  hpcresume logs -f {name:<10}what it prints, over all jobs\n"
-        f"  hpcresume cancel {name:<10} end the chain\n"
+        f"\n" + "\n".join(f"  {command:<{width}}  {what}" for command, what in useful) + "\n"
     )

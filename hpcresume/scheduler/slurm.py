@@ -304,6 +304,10 @@ class SlurmScheduler:
         totals = [int(p["TotalNodes"]) for p in self._partitions() if p["PartitionName"] in names]
         return not totals or max(totals) - len(set(node_names(excluded))) >= needed
 
+    def mark(self, id: str, token: str) -> None:
+        """Give a job of this user a token, so that `find` knows it. Raises SubmissionRejected."""
+        self._control("update", f"JobId={id}", f"Comment={token}")
+
     def _control(self, *arguments: str, unless: str = "\n") -> None:
         done = self._clients.call("scontrol", *arguments)
         said = slurm_text.words(done.err)
