@@ -17,7 +17,7 @@ quickstart: .venv/.installed
 	fi
 
 test: check
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not long"
+	$(BIN)/pytest -n 3 --dist loadgroup -m "not long"
 
 test-long: .venv/.tests
 	$(BIN)/pytest -m long

@@ -1,4 +1,4 @@
-"""An ordinary PyTorch loop that chains: a next-character model on the licence of Python.
+"""An ordinary PyTorch loop that chains: a next-character model on one of Python's reference topics.
 
 `python examples/train.py` trains in the foreground and goes on where it was when run again;
 `hpcresume submit configs/train.yaml` trains the same function as a chain of Slurm jobs.
@@ -15,7 +15,7 @@ import hpcresume
 
 def windows(length: int) -> TensorDataset:
     """Each run of `length` characters of the text, with the character that follows."""
-    text = pydoc_data.topics.topics["class"].encode("ascii", "replace")
+    text = pydoc_data.topics.topics["types"].encode("ascii", "replace")
     codes = torch.tensor(list(text))
     return TensorDataset(codes.unfold(0, length, 1)[:-1], codes[length:])
 

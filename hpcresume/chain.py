@@ -136,10 +136,10 @@ def decide(history: Sequence[PastLink], budgets: Budgets) -> Decision:
         return Decision(
             kind="stop",
             reason=f"{crashes} links failed without a newly committed step between them (allowed: "
-            f"{budgets.max_crashes}); the last: {last.detail or cause.value}",
+            f"{budgets.max_crashes}); the last: {last.detail.strip() or cause.value}",
             cause=cause,
         )
-    return _go_on(last, last.detail or f"the link ended: {cause.value}")
+    return _go_on(last, last.detail.strip() or f"the link ended: {cause.value}")
 
 
 _PLANNED_WORDS = {
@@ -168,10 +168,12 @@ def _terminal(last: PastLink) -> Decision | None:
             reason += f" ({last.detail})"
         return Decision(kind="stop", reason=reason, cause=last.cause)
     if last.cause is Cause.STOPPED:
-        return Decision(kind="stop", reason=last.detail or "stop was asked for", cause=last.cause)
+        return Decision(
+            kind="stop", reason=last.detail.strip() or "stop was asked for", cause=last.cause
+        )
     if last.cause is Cause.CONFIGURATION:
         message = last.failure.message if last.failure else last.detail
-        reason = message or "the configuration or the checkpoint does not fit"
+        reason = message.strip() or "the configuration or the checkpoint does not fit"
         return Decision(kind="stop", reason=reason, cause=last.cause)
     return None
 

@@ -48,6 +48,12 @@ class Unavailable(HpcResumeError):
     exit_code = 5
 
 
+def unavailable(error: OSError) -> Unavailable:
+    """What a refusal of the operating system, met where none was expected, means to a user."""
+    where = f"{error.filename}: " if error.filename else ""
+    return Unavailable(f"{where}{error.strerror or error}. Mend it, and try again.")
+
+
 class SubmissionRejected(HpcResumeError):
     """The scheduler refused a job; the message carries its words verbatim."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from hpcresume import files
 from hpcresume.chain import Cause, Evidence, Failure, PastLink, cause_of
@@ -11,6 +12,9 @@ from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.environment import node_names
 from hpcresume.scheduler.job import JobInfo
 from hpcresume.story import Story
+
+#: More ranks than any link has had; a claim that says so is damaged.
+_MOST_RANKS = 1 << 20
 
 
 def past_links(story: Story, jobs: Mapping[str, JobInfo]) -> list[PastLink]:
@@ -32,17 +36,17 @@ def past_link(story: Story, link: LinkRecords, job: JobInfo | None) -> PastLink:
     committed = story.committed_step(link)
     first = int(restored["step"]) if restored else committed
     if record is not None:
-        failure = record.get("failure")
+        nodes = record.get("nodes")
         return PastLink(
             number=link.number,
             cause=_cause(record["cause"]),
             first_step=first,
             committed_step=committed,
-            failure=Failure(**failure) if failure else None,
+            failure=_failure(record.get("failure")),
             who=str(record.get("who", "")),
             detail=str(record.get("detail", "")),
-            seconds=float(record.get("seconds", 0.0)),
-            nodes=tuple(record.get("nodes", ())),
+            seconds=_seconds(record.get("seconds")),
+            nodes=tuple(map(str, nodes)) if isinstance(nodes, list) else (),
         )
     evidence = gather(story.run, link, job, exit_code=None, user_stop=story.cancelled)
     cause, detail = cause_of(evidence)
@@ -84,10 +88,15 @@ def gather(
         completed=link.last("completed") is not None,
         how=how,
         asked=str(asked["reason"]) if asked else "",
-        failure=first_failure(run, link.number, int(link.claim.get("num_tasks", 1))),
+        failure=first_failure(run, link.number, _num_tasks(link)),
         exit_code=exit_code,
         user_stop=user_stop,
     )
+
+
+def _num_tasks(link: LinkRecords) -> int:
+    number = link.claim.get("num_tasks")
+    return number if isinstance(number, int) and 0 < number < _MOST_RANKS else 1
 
 
 def first_failure(run: RunDir, number: int, num_tasks: int) -> Failure | None:
@@ -95,6 +104,20 @@ def first_failure(run: RunDir, number: int, num_tasks: int) -> Failure | None:
     found = []
     for rank in range(num_tasks):
         content = files.read_json_or_none(run.link(number).rank_failure(rank))
-        if isinstance(content, dict):
-            found.append((float(content.pop("t", 0.0)), rank, content))
-    return Failure(**min(found, key=lambda item: item[:2])[2]) if found else None
+        failure = _failure(content)
+        if failure is not None:
+            found.append((_seconds(content.get("t")), rank, failure))
+    return min(found, key=lambda item: item[:2])[2] if found else None
+
+
+def _failure(content: Any) -> Failure | None:
+    """A failure as it was recorded; None for what is none of ours."""
+    try:
+        failure = Failure(**{key: content[key] for key in content if key != "t"})
+    except TypeError:
+        return None
+    return failure if isinstance(failure.message, str) else None
+
+
+def _seconds(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e18 else 0.0

@@ -12,8 +12,11 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
+import shlex
+import signal
 import sys
 import time
 import traceback
@@ -34,7 +37,8 @@ from hpcresume.config import (
     to_mapping,
 )
 from hpcresume.display.logging import logging_to
-from hpcresume.errors import ConfigError, HpcResumeError, RunLive
+from hpcresume.display.terminal import let_go_of_stdout
+from hpcresume.errors import ConfigError, HpcResumeError, RunLive, UsageError, unavailable
 from hpcresume.history import past_link
 from hpcresume.journal import Journal, known_step, lineage, read_chain
 from hpcresume.run_dir import LinkDir, RunDir, find_run, is_run, runs_root
@@ -42,7 +46,7 @@ from hpcresume.scheduler.choice import chosen_cluster
 from hpcresume.scheduler.environment import RankPlace, allocation, rank_place
 from hpcresume.session import Berth, LinkEnds, Session
 from hpcresume.signals import SignalFlags, listen
-from hpcresume.story import alive_elsewhere, read_story
+from hpcresume.story import alive_elsewhere, live_jobs, read_story, this_process
 from hpcresume.training.clock import Clock
 from hpcresume.training.determinism import make_deterministic, seed_everything
 from hpcresume.training.distributed import Ranks
@@ -50,6 +54,7 @@ from hpcresume.training.distributed import Ranks
 log = logging.getLogger(__name__)
 
 TrainFunction = Callable[[Session], None]
+_OWN_CODE = f"{Path(__file__).parent}{os.sep}"
 
 
 # ---- the training function ---------------------------------------------------------------
@@ -74,7 +79,21 @@ def load_train(entry: str, roots: Sequence[Path]) -> TrainFunction:
             f"train: {target} has no function '{function}' (it has: "
             f"{', '.join(known[:8]) or 'none'})."
         )
+    _check_takes_session(found, f"{target}:{function}")
     return found  # type: ignore[no-any-return]
+
+
+def _check_takes_session(function: Callable[..., Any], entry: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise ConfigError(
+            f"train: {entry} cannot be called with the session alone: {error}."
+        ) from None
 
 
 def _import_file(target: str, roots: Sequence[Path]) -> ModuleType:
@@ -103,16 +122,23 @@ def _import_module(target: str) -> ModuleType:
 def _import_errors(target: str) -> Any:
     try:
         yield
-    except Exception as error:
-        frames = [
-            f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename
-        ]
-        where = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else target
-        if isinstance(error, SyntaxError):
-            where = f"{error.filename}, line {error.lineno}"
+    except (Exception, SystemExit) as error:
+        what = error.msg if isinstance(error, SyntaxError) else str(error)
         raise ConfigError(
-            f"train: {target} does not import: {type(error).__name__}: {error} ({where})."
+            f"train: {target} does not import: {type(error).__name__}: {what}{_place(error)}."
         ) from error
+
+
+def _place(error: BaseException) -> str:
+    """File and line of an error of the user's code, in brackets; nothing where there is none."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}, line {error.lineno})"
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "importlib" not in frame.filename and not frame.filename.startswith(_OWN_CODE)
+    ]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
 
 # ---- one rank of one link ------------------------------------------------------------------
@@ -162,7 +188,7 @@ def _record_failure(berth: Berth, session: Session | None, error: BaseException,
     step = session.global_step if session is not None else 0
     text = "".join(traceback.format_exception(error))
     if isinstance(error, HpcResumeError):
-        log.error("%s", error)
+        log.error("%s%s", error, _place(error))
         log.debug("%s", text)
     else:
         log.error("rank %d failed in step %d\n%s", berth.ranks.rank, step + 1, text)
@@ -261,15 +287,19 @@ def main(train: TrainFunction, argv: Sequence[str] | None = None, **settings: An
 
     `settings` are top-level keys of a configuration (epochs=3, seed=1…), for where there is no
     configuration file. Alone or inside an srun allocation, with or without a scheduler. Leaves by
-    SystemExit: 0 when training is complete, 130 after Ctrl-C, 75 when the job's end came first.
+    SystemExit: 0 when training is complete or was asked to rest, 130 after Ctrl-C, 75 when the
+    job's end came first.
     """
     options = _parse(train, argv)
     options.settings = settings
     try:
         code = _foreground(train, options, os.environ)
-    except HpcResumeError as error:
-        print(f"hpcresume: {error}", file=sys.stderr)
-        code = error.exit_code
+    except (HpcResumeError, OSError) as error:
+        told = unavailable(error) if isinstance(error, OSError) else error
+        print(f"hpcresume: {told}", file=sys.stderr)
+        code = told.exit_code
+    except KeyboardInterrupt:
+        code = 130
     raise SystemExit(code)
 
 
@@ -292,8 +322,7 @@ def _foreground(
     claim = {
         "job": job.job_id,
         "restart": job.restart_count,
-        "host": os.uname().nodename,
-        "pid": os.getpid(),
+        **this_process(),
         "num_tasks": place.world_size,
         "foreground": True,
         "t": round(time.time(), 3),
@@ -305,8 +334,11 @@ def _foreground(
         def berth_of(ranks: Ranks) -> Berth:
             number = None
             if ranks.rank == 0:
-                _check_free(run)
+                _check_free(run, environ)
                 number = run.claim_link(claim).number
+                # Who starts it again wants it to go on, whatever was asked for before.
+                for request in (run.cancel, run.stop):
+                    request.unlink(missing_ok=True)
             link = run.link(ranks.broadcast(number))
             taken.append(link)
             return _berth(run, link, config, ranks, flags, clock, job=job.job_id)
@@ -317,7 +349,8 @@ def _foreground(
         _close_link(run, taken[0], job.job_id)
         _say_end(run, how, why)
     if how == "stopped":
-        return 130 if flags.count(2) else 143 if flags.stop_asked() else 75
+        asked = flags.stop_asked()
+        return 130 if flags.count(signal.SIGINT) else 143 if asked else 75 if clock.due() else 0
     return code
 
 
@@ -326,11 +359,13 @@ def _open_run(
 ) -> tuple[RunDir, RunConfig]:
     root = runs_root(options.runs, environ)
     if options.resume:
+        if options.set or options.config or options.name:
+            raise UsageError("--resume takes a run as it is: leave --config, --name and --set out.")
         run = find_run(options.resume, root)
         return run, read_frozen(run.config)
     own = Path("hpcresume.yaml")
     path = Path(options.config) if options.config else own if own.is_file() else None
-    source = Path(sys.modules[train.__module__].__file__ or "train.py").absolute()
+    source = Path(getattr(sys.modules[train.__module__], "__file__", "train.py")).absolute()
     given = {} if path else options.settings
     config = load(path, sets=options.set, options={**given, "name": options.name}, environ=environ)
     name = config.name or source.stem
@@ -366,18 +401,25 @@ def same_config(run: RunDir, config: RunConfig) -> None:
         lines = "\n  ".join(changed)
         raise ConfigError(
             f"{run.path} was begun with another configuration:\n  {lines}\nGo on with the old one "
-            f"by `hpcresume resume {run.name}`, or give the new run another name (--name)."
+            f"by --resume {run.name}, or give the new run another name by --name."
         )
 
 
-def _check_free(run: RunDir) -> None:
+def _check_free(run: RunDir, environ: Mapping[str, str]) -> None:
     story = read_story(run)
+    # Only a run that was submitted has jobs: the others need no scheduler here.
     newest = story.newest
-    if newest is None or story.ended(newest) is not None:
-        return
-    where = alive_elsewhere(newest, None, None)
+    if story.submissions:
+        where = live_jobs(run, environ)
+    elif newest is not None and story.ended(newest) is None:
+        where = alive_elsewhere(newest, None, None) or ""
+    else:
+        where = ""
     if where:
-        raise RunLive(f"{run.name} is being trained already: {where}.")
+        raise RunLive(
+            f"{run.name} is live: {where}. `hpcresume status` shows it; wait for its end, or end "
+            f"it by `hpcresume cancel {run.name}`."
+        )
 
 
 def _close_link(run: RunDir, link: LinkDir, job: str | None) -> None:
@@ -401,13 +443,20 @@ def _close_link(run: RunDir, link: LinkDir, job: str | None) -> None:
 
 
 def _stopped(past: chain.PastLink) -> chain.PastLink:
-    return dataclasses.replace(past, cause=chain.Cause.STOPPED)
+    detail = f"stopped by {past.detail}"
+    return dataclasses.replace(past, cause=chain.Cause.STOPPED, detail=detail)
 
 
 def _say_end(run: RunDir, how: str, why: str) -> None:
     state = files.read_json_or_none(run.trainer_state) or {}
+    if how == "failed":
+        return
     if how == "completed":
-        print(f"Training is complete at step {state.get('global_step')}: {run.final_model}")
-    elif how == "stopped":
-        command = " ".join([sys.executable, *sys.argv])
-        print(f"Saved at step {state.get('global_step')} ({why}). To go on: {command}")
+        text = f"Training is complete at step {state.get('global_step')}: {run.final_model}"
+    else:
+        command = shlex.join([sys.executable, *sys.argv])
+        text = f"Saved at step {state.get('global_step')} ({why}). To go on: {command}"
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        let_go_of_stdout()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from hpcresume.checkpoint.manifest import Committed, FileEntry, read_committed
 from hpcresume.checkpoint.retention import Policy
 from hpcresume.checkpoint.store import Store
 from hpcresume.config import RunConfig
-from hpcresume.errors import CheckpointError, Fenced, UsageError
+from hpcresume.errors import CheckpointError, Fenced, Unavailable, UsageError
 from hpcresume.journal import (
     Journal,
     Lineage,
@@ -238,6 +239,8 @@ class Session:
         ((name, value),) = metric.items()
         value = float(value)
         self._metric_now = {"name": name, "value": value, "mode": mode}
+        if not math.isfinite(value):
+            return False
         before = self._best
         if before is not None and before["name"] == name:
             better = value < before["value"] if mode == "min" else value > before["value"]
@@ -450,7 +453,10 @@ class Session:
             return "the supervisor is gone"
         for path in (self._berth.link.stop, self._berth.run.stop, self._berth.run.cancel):
             with contextlib.suppress(OSError):
-                return path.read_text().strip() or path.name
+                text = path.read_text(errors="replace").strip()
+                if path == self._berth.link.stop:
+                    return text or path.name
+                return f"{path.name}: {text}" if text else path.name
         return None
 
     def _stop_at_once_if_asked(self) -> None:
@@ -624,7 +630,10 @@ class Session:
         if self._berth.journal is not None:
             last = self._committed
             if last is None or last.step != self.global_step:
-                raise OSError("the last checkpoint could not be saved, so the run is not complete")
+                raise Unavailable(
+                    f"Step {self.global_step} could not be saved, so the run is not complete; "
+                    f"the next link trains from the last checkpoint again."
+                )
             self._fence()
             self._store.finish(last, self._contents.model_files(last))
             self._berth.journal.write("completed", step=self.global_step, epoch=self.epoch)

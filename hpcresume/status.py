@@ -18,7 +18,7 @@ from hpcresume.checkpoint.store import Store
 from hpcresume.journal import lineage
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.job import JobInfo, JobState
-from hpcresume.story import Story, alive_elsewhere, read_story
+from hpcresume.story import Story, alive_elsewhere, read_story, waits_in_vain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,8 @@ def _state(
         return ("stopped" if calm else "failed"), str(decided.get("reason", ""))
     if story.cancelled:
         return "stopped", f"cancelled by {story.cancelled}"
+    if pending and all(map(waits_in_vain, pending)):
+        return "stalled", f"its jobs wait and nobody starts them: hpcresume resume {story.run.name}"
     if pending:
         return "waiting", pending[0].reason
     if not known:

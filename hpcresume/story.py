@@ -8,15 +8,21 @@ from __future__ import annotations
 import getpass
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from hpcresume import files
 from hpcresume.journal import LinkRecords, Record, known_step, read_chain, read_submissions
 from hpcresume.run_dir import RunDir
+from hpcresume.scheduler.choice import asking_scheduler
 from hpcresume.scheduler.job import JobInfo, JobState, Scheduler
 from hpcresume.scheduler.process import pid_alive
+from hpcresume.scheduler.process_table import ProcessId
 
 TOKEN = "hpcresume"
+#: Linux gives no number above it.
+_PID_LIMIT = 1 << 22
 
 
 def token_prefix(run_id: str) -> str:
@@ -103,9 +109,50 @@ def alive_elsewhere(link: LinkRecords, job: JobInfo | None, me: str | None) -> s
         if job.state in (JobState.RUNNING, JobState.SUSPENDED):
             return f"job {where} on {job.nodes or claim.get('host', '?')}"
         return None
-    if not where and claim.get("host") == socket.gethostname() and pid_alive(int(claim["pid"])):
+    if (not where or claim.get("foreground")) and _lives_here(claim):
         return f"process {claim['pid']} on {claim['host']}"
     return None
+
+
+def this_process() -> dict[str, Any]:
+    """How a claim names its process: `born` tells it from a later one of the same number."""
+    own = ProcessId.of(os.getpid())
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "born": None if own is None else own.born,
+    }
+
+
+def _lives_here(claim: Mapping[str, Any]) -> bool:
+    pid, host, born = claim.get("pid"), claim.get("host"), claim.get("born")
+    if host != socket.gethostname() or type(pid) is not int or not 0 < pid < _PID_LIMIT:
+        return False
+    return ProcessId(pid, born, host).alive() if isinstance(born, str) else pid_alive(pid)
+
+
+def waits_in_vain(job: JobInfo) -> bool:
+    """Whether a job of the local backend waits, and no driver is there to start it."""
+    return job.state is JobState.PENDING and job.reason == "DriverGone"
+
+
+def live_jobs(run: RunDir, environ: Mapping[str, str], me: str | None = None) -> str:
+    """Where a run lives now besides job `me`, as words; empty if nowhere. Raises Unavailable."""
+    story = read_story(run)
+    scheduler = asking_scheduler(run, environ)
+    if scheduler is not None:
+        jobs = [job for job in find_jobs(scheduler, story.run_id) if job.id != me]
+        words = [
+            f"job {job.id} ({job.raw_state or job.state.value})"
+            for job in jobs
+            if not waits_in_vain(job)
+        ]
+        if words:
+            return ", ".join(words)
+    newest = story.newest
+    if newest is not None and story.ended(newest) is None:
+        return alive_elsewhere(newest, None, None) or ""
+    return ""
 
 
 def find_jobs(scheduler: Scheduler, run_id: str) -> list[JobInfo]:

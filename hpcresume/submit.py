@@ -36,7 +36,7 @@ from hpcresume.scheduler import process
 from hpcresume.scheduler.choice import asking_scheduler, chosen_cluster, scheduler_of
 from hpcresume.scheduler.job import JobSpec, Scheduler
 from hpcresume.scheduler.slurm import SlurmScheduler
-from hpcresume.story import Story, alive_elsewhere, find_jobs, read_story, user_name
+from hpcresume.story import Story, find_jobs, live_jobs, read_story, user_name, waits_in_vain
 
 #: The most code that is frozen with a run, and the largest file in it.
 CODE_BYTES = 64 << 20
@@ -64,7 +64,12 @@ def read_config(
 ) -> RunConfig:
     """The resolved configuration of a new run, complete and named."""
     config = load(path, sets=sets, options=options, environ=environ)
-    check_complete(config)
+    try:
+        check_complete(config)
+    except ConfigError as error:
+        where = "command line" if path is None else path
+        lines = (f"{where}: {line}" for line in str(error).splitlines())
+        raise ConfigError("\n".join(lines)) from None
     if config.name is None:
         name = path.stem if path is not None else config.train.rpartition(":")[0].rpartition("/")[2]
         config = from_mapping({**to_mapping(config), "name": name.removesuffix(".py")}, "the name")
@@ -94,6 +99,7 @@ def prepare(
     run = RunDir(root / name)
     if run.path.exists():
         refuse_existing(run, config, environ)
+    _check_entry(config.train, project)
     _check_limits(run, config, environ)
     try:
         run.create(
@@ -123,35 +129,20 @@ def refuse_existing(run: RunDir, config: RunConfig, environ: Mapping[str, str]) 
     where = live_jobs(run, environ)
     if where:
         raise RunLive(f"{run.name} is live: {where}. `hpcresume status` shows it.")
-    changed = difference(old, config)
-    ways = f"go on with the old one by `hpcresume resume {run.name}`, " if changed else ""
+    changed = "\n  ".join(difference(old, config))
+    complete = read_story(run).completed
     other = "begin a new one with --force-new or another --name"
+    ways = other if complete else f"go on with it by `hpcresume resume {run.name}`, or {other}"
     if changed:
-        lines = "\n  ".join(changed)
+        what = "is complete, and " if complete else ""
         raise ConfigError(
-            f"{run.path} belongs to another configuration:\n  {lines}\nEither {ways}or {other}."
+            f"{run.path} {what}belongs to another configuration:\n  {changed}\nTo train with this "
+            f"one, {other}."
+            + ("" if complete else f" The old one goes on by `hpcresume resume {run.name}`.")
         )
-    story = read_story(run)
-    if story.completed:
-        raise ConfigError(f"{run.name} is complete: {run.final_model}. To train again, {other}.")
-    raise ConfigError(
-        f"{run.name} is not finished: go on with it by `hpcresume resume {run.name}`, or {other}."
-    )
-
-
-def live_jobs(run: RunDir, environ: Mapping[str, str], me: str | None = None) -> str:
-    """Where a run lives now besides job `me`, as words; empty if nowhere. Raises Unavailable."""
-    story = read_story(run)
-    scheduler = asking_scheduler(run, environ)
-    if scheduler is not None:
-        jobs = [job for job in find_jobs(scheduler, story.run_id) if job.id != me]
-        if jobs:
-            words = (f"job {j.id} ({j.raw_state or j.state.value})" for j in jobs)
-            return ", ".join(words)
-    newest = story.newest
-    if newest is not None and story.ended(newest) is None:
-        return alive_elsewhere(newest, None, None) or ""
-    return ""
+    if complete:
+        raise ConfigError(f"{run.name} is complete: {run.final_model}. To train again, {ways}.")
+    raise ConfigError(f"{run.name} is not finished: {ways}.")
 
 
 def _check_limits(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> None:
@@ -183,7 +174,7 @@ def versions() -> dict[str, str]:
 
 
 def freeze_code(project: Path, train: str, target: Path) -> None:
-    """Copy the code below `project`: what git tracks, as it is now; without git, Python files.
+    """Copy the code below `project`: what git tracks, as it is now, and all Python files.
 
     Raises ConfigError where it is more than 64 MiB; single files above 8 MiB are data, and stay.
     """
@@ -209,18 +200,41 @@ def freeze_code(project: Path, train: str, target: Path) -> None:
 
 
 def _code_files(project: Path, train: str) -> list[str]:
-    listed = process.run(["git", "ls-files", "-z"], environ=os.environ, timeout_s=30, cwd=project)
-    names = [name for name in listed.out.split("\0") if name] if listed.code == 0 else []
+    names = _git_files(project)
+    # A module that was written a minute ago is imported like one that git knows.
+    new = _git_files(project, "--others", "--exclude-standard", "*.py")
+    names += [name for name in new if _is_code(Path(name))]
     if not names:
-        names = [
-            str(path.relative_to(project))
-            for path in sorted(project.rglob("*.py"))
-            if not any(p.startswith(".") or p in _NOT_CODE for p in path.relative_to(project).parts)
-        ]
+        found = (path.relative_to(project) for path in sorted(project.rglob("*.py")))
+        names = [str(path) for path in found if _is_code(path)]
     entry = train.rpartition(":")[0] or train
     if entry.endswith(".py") and entry not in names:
         names.append(entry)
     return names
+
+
+def _git_files(project: Path, *options: str) -> list[str]:
+    """What git lists below a folder; nothing where there is no git."""
+    argv = ["git", "ls-files", "-z", *options]
+    listed = process.run(argv, environ=os.environ, timeout_s=30, cwd=project)
+    return [name for name in listed.out.split("\0") if name] if listed.code == 0 else []
+
+
+def _is_code(path: Path) -> bool:
+    return not any(part.startswith(".") or part in _NOT_CODE for part in path.parts)
+
+
+def _check_entry(train: str, project: Path) -> None:
+    """What can be said about a train entry without importing it. Raises ConfigError."""
+    target, _, function = train.partition(":")
+    if not target or not (function or "train").isidentifier():
+        raise ConfigError(
+            f"train is {train!r}; expected 'file.py:function' or 'package.module:function'."
+        )
+    if Path(target).is_absolute() or ".." in Path(target).parts:
+        raise ConfigError(f"train: {target} must lie below the folder that you submit from.")
+    if target.endswith(".py") and not (project / target).is_file():
+        raise ConfigError(f"train: there is no file {target} in {project}.")
 
 
 def check_train(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> None:
@@ -228,16 +242,18 @@ def check_train(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> N
 
     Raises ConfigError with the child's sentence.
     """
-    entry = config.train.rpartition(":")[0] or config.train
-    if Path(entry).is_absolute() or ".." in Path(entry).parts:
-        raise ConfigError(f"train: {entry} must lie below the folder that you submit from.")
     argv = [sys.executable, "-m", "hpcresume", "rank", str(run.path), "--check"]
     done = process.run(argv, environ=process.scrubbed(environ), timeout_s=300)
-    if done.code:
-        lines = [line for line in done.err.strip().splitlines() if line] or ["no output"]
-        text = lines[-1] if done.code == 4 else "\n".join(lines[-12:])
-        text = text.removeprefix("hpcresume: ").replace(f"{run.code}/", "")
-        raise ConfigError(text)
+    if done.code == 0 and config.train in done.out:
+        return
+    said = done.err.replace(f"{run.code}/", "")
+    if done.code == ConfigError.exit_code and "hpcresume: " in said:
+        # What the code printed itself stands before it.
+        raise ConfigError(said.rpartition("\nhpcresume: ")[2].removeprefix("hpcresume: ").strip())
+    end = f"ended with signal {-done.code}" if done.code < 0 else f"left with code {done.code}"
+    end = "gave no answer in 300 s" if done.timed_out else end
+    last = "\n  ".join(["", *said.strip().splitlines()[-12:]])
+    raise ConfigError(f"train: {config.train} does not import: the process that tried {end}.{last}")
 
 
 # ---- the first and the next job ----------------------------------------------------------
@@ -304,6 +320,11 @@ def ready_to_resume(
     check_checkpoints(story)
     if sets:
         config = _change(run, config, sets, environ)
+    scheduler = asking_scheduler(run, environ)
+    if scheduler is not None:
+        # Their driver was killed. The new one must not start them besides the new job.
+        left = [job.id for job in find_jobs(scheduler, story.run_id) if waits_in_vain(job)]
+        scheduler.cancel(left)
     for request in (run.cancel, run.stop):
         request.unlink(missing_ok=True)
     return config
@@ -324,6 +345,7 @@ def _change(
     run: RunDir, config: RunConfig, sets: Sequence[str], environ: Mapping[str, str]
 ) -> RunConfig:
     changed = load(run.config, sets=sets, options={}, environ={"HPCRESUME_SITE": os.devnull})
+    check_complete(changed)
     lines = difference(config, changed)
     if changed.name != config.name or changed.train != config.train:
         raise UsageError("name and train belong to the run: begin a new one to change them.")

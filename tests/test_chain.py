@@ -258,10 +258,15 @@ def test_cancelled_run_without_a_name_says_so(who: str) -> None:
     assert (decision.kind, decision.reason) == ("stop", "cancelled by user unknown")
 
 
-@pytest.mark.parametrize("detail", ["STOP", ""])
-def test_stop_request_stops(detail: str) -> None:
-    decision = last_of(links(Cause.STOPPED, detail=detail, progress=True))
-    assert decision.kind == "stop" and decision.reason
+def test_stop_request_stops_with_its_own_words() -> None:
+    decision = last_of(links(Cause.STOPPED, detail="STOP: enough", progress=True))
+    assert (decision.kind, decision.reason) == ("stop", "STOP: enough")
+
+
+@pytest.mark.parametrize("cause", Cause)
+@pytest.mark.parametrize("detail", ["", " ", "\n"], ids=repr)
+def test_end_that_nobody_described_has_a_reason_all_the_same(cause: Cause, detail: str) -> None:
+    assert last_of(links(cause, detail=detail)).reason.strip()
 
 
 def test_configuration_error_stops_with_its_own_words() -> None:
@@ -270,8 +275,9 @@ def test_configuration_error_stops_with_its_own_words() -> None:
     assert (decision.kind, decision.reason) == ("stop", found.message)
 
 
-def test_configuration_error_without_words_still_has_a_reason() -> None:
-    found = failure("", type="UsageError", exit_code=2)
+@pytest.mark.parametrize("message", ["", " "])
+def test_configuration_error_without_words_still_has_a_reason(message: str) -> None:
+    found = failure(message, type="UsageError", exit_code=2)
     assert last_of(links(Cause.CONFIGURATION, failure=found)).reason.strip()
 
 

@@ -6,14 +6,13 @@ Commands are imported when they are called: a login node's file system is slow.
 from __future__ import annotations
 
 import importlib
-import io
-import os
 import sys
 from typing import Any, NoReturn
 
 import click
 
-from hpcresume.errors import HpcResumeError, Unavailable
+from hpcresume.display.terminal import forgive_letters, let_go_of_stdout
+from hpcresume.errors import HpcResumeError, unavailable
 
 #: Command -> module below this package; the function has the command's name.
 _COMMANDS = {
@@ -56,9 +55,7 @@ class _Lazy(click.Group):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            # The reader of a pipe has seen enough. What is still buffered must go somewhere.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
+            let_go_of_stdout()
             return 0
 
 
@@ -70,10 +67,7 @@ def cli() -> None:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code; errors are one sentence on stderr."""
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that knows no line drawing shall show a question mark, not a traceback.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    forgive_letters()
     try:
         code: Any = cli.main(args=argv, prog_name="hpcresume", standalone_mode=False)
     except HpcResumeError as error:
@@ -89,9 +83,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         if words and words[0] in _HIDDEN:
             # Nobody watches these; the log of the job is to tell the whole.
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"hpcresume: {where}{error.strerror or error}. Mend it, and try again.", file=sys.stderr
-        )
-        code = Unavailable.exit_code
+        told = unavailable(error)
+        print(f"hpcresume: {told}", file=sys.stderr)
+        code = told.exit_code
     sys.exit(code if isinstance(code, int) else 0)

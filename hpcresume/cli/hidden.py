@@ -48,7 +48,10 @@ def rank(run: Path, number: int | None, check: bool) -> int:
 
     chosen = RunDir(run.absolute())
     if check:
-        ranks.load_train(read_frozen(chosen.config).train, ranks.code_roots(chosen))
+        entry = read_frozen(chosen.config).train
+        ranks.load_train(entry, ranks.code_roots(chosen))
+        # Code that ends the process while it is imported does not come to this.
+        click.echo(entry)
         return 0
     if number is None:
         raise UsageError("hpcresume rank needs --link.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import click
 
 from hpcresume.cli.options import root_of, runs_option
 from hpcresume.config import RunConfig, default_path, read_frozen
-from hpcresume.errors import UsageError
+from hpcresume.display.terminal import let_go_of_stdout
+from hpcresume.errors import SubmissionRejected, UsageError
 from hpcresume.run_dir import RunDir
 
 
@@ -61,7 +62,12 @@ def submit(config: Path | None, config_option: Path | None, runs: str | None, **
     run = verbs.prepare(
         settings, root, project=Path.cwd(), environ=os.environ, force_new=flags["force_new"]
     )
-    return begin(run, read_frozen(run.config), detach=flags["detach"])
+    try:
+        return begin(run, read_frozen(run.config), detach=flags["detach"])
+    except SubmissionRejected:
+        # Nothing was begun: the name is free for the next attempt.
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def _options(flags: dict[str, Any]) -> dict[str, Any]:
@@ -95,12 +101,15 @@ def begin(run: RunDir, config: RunConfig, *, detach: bool) -> int:
         click.echo(f"{outcome.decision}: {outcome.reason}")
         return outcome.exit_code
     local = submission.scheduler.name == "local"
-    click.echo(_receipt(run, submission.job, "local job" if local else "job"))
+    try:
+        click.echo(_receipt(run, submission.job, "local job" if local else "job"))
+    except BrokenPipeError:
+        # The job is queued, and wants a driver all the same.
+        let_go_of_stdout()
     if not local:
         return 0
     from hpcresume.cli.drive import detach_driver, drive_here
 
-    sys.stdout.flush()
     return detach_driver(run) if detach else drive_here(run, config)
 
 

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from hpcresume.display.terminal import forgive_letters
+
 #: Module names as people know them.
 _WORDS = {"session": "train", "store": "checkpoint", "record": "train"}
 
@@ -32,6 +34,23 @@ class LineFormatter(logging.Formatter):
         return super().format(record)
 
 
+class _Untroubled(logging.Handler):
+    """Drops a line that its place refuses: a full disk, or a closed pipe, is no matter of ours."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Show only what is wrong with the call."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class _Console(_Untroubled, logging.StreamHandler):  # type: ignore[type-arg]
+    pass
+
+
+class _File(_Untroubled, logging.FileHandler):
+    pass
+
+
 @contextlib.contextmanager
 def logging_to(
     *paths: Path, level: str = "INFO", console: bool = True, name: str = "hpcresume"
@@ -40,12 +59,13 @@ def logging_to(
     logger = logging.getLogger(name)
     handlers: list[logging.Handler] = []
     if console:
-        stream = logging.StreamHandler(sys.stdout)
+        forgive_letters()
+        stream = _Console(sys.stdout)
         stream.setLevel(level)
         handlers.append(stream)
     for index, path in enumerate(paths):
         with contextlib.suppress(OSError):
-            file = logging.FileHandler(path, encoding="utf-8", delay=False)
+            file = _File(path, encoding="utf-8", delay=False)
             file.setLevel(logging.DEBUG if index == 0 and len(paths) > 1 else level)
             handlers.append(file)
     for handler in handlers:

@@ -68,7 +68,14 @@ class LocalProgress:
 
     def say(self, text: str) -> None:
         """A line of our own."""
-        self._console.print(Text(text))
+        self._print(Text(text))
+
+    def _print(self, text: Text, *, soft_wrap: bool | None = None) -> None:
+        try:
+            self._console.print(text, soft_wrap=soft_wrap)
+        except (BrokenPipeError, SystemExit):
+            # The reader of a pipe has seen enough, and rich would leave; but the jobs need us.
+            self._console.quiet = True
 
     def tick(self) -> None:
         """Look at the files, now and then."""
@@ -82,7 +89,7 @@ class LocalProgress:
         for number in self._run.link_numbers():
             if number not in self._positions:
                 self._positions[number] = 0
-                self._console.print(Text(f"── link {number} ──", style="dim"))
+                self._print(Text(f"── link {number} ──", style="dim"))
         for number in sorted(self._positions)[-2:]:
             self._show_log(number)
         if self._bar is not None:
@@ -98,15 +105,16 @@ class LocalProgress:
         whole = data[: data.rfind(b"\n") + 1]
         self._positions[number] += len(whole)
         if whole:
-            self._console.print(Text(whole.decode(errors="replace").rstrip("\n")), soft_wrap=True)
+            self._print(Text(whole.decode(errors="replace").rstrip("\n")), soft_wrap=True)
 
     def _show_bar(self) -> None:
         assert self._bar is not None
         state = files.read_json_or_none(self._run.trainer_state)
         if not isinstance(state, dict):
             return
-        history = state.get("log_history") or [{}]
-        loss = history[-1].get("loss")
+        history = state.get("log_history")
+        last = history[-1] if isinstance(history, list) and history else None
+        loss = last.get("loss") if isinstance(last, dict) else None
         self._bar.update(
             self._task,
             completed=state.get("global_step", 0),
