@@ -373,7 +373,6 @@ def test_every_state_comes_back_from_its_halves(state: Any) -> None:
         [],
         None,
     ],
-    ids=repr,
 )
 def test_state_without_surprises_survives_a_checkpoint(store: Store, state: Any) -> None:
     assert shape_of(through_files(store, state)) == shape_of(state)
