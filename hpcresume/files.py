@@ -91,7 +91,7 @@ def read_json_or_none(path: Path) -> Any:
     """The value in a JSON file, or None where it is missing, unreadable or no JSON."""
     try:
         return read_json(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -155,7 +155,7 @@ def read_lines(path: Path, limit_bytes: int | None = None) -> Iterator[Any]:
         if line:
             try:
                 yield json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
 
 

@@ -23,6 +23,7 @@ from hpcresume import files
 from hpcresume.run_dir import LinkDir, RunDir
 
 VERSION = 1
+_LARGEST = 1e18
 Record = dict[str, Any]
 
 
@@ -105,7 +106,18 @@ def _adopted_bytes(successor: Mapping[str, Any], path: Path) -> int | None:
 
 
 def _is_record(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("t"), (int, float)) and "kind" in value
+    """Whether a line is a record of ours; what disk or hand made of it otherwise is passed over."""
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        return False
+    numbers = [value.get("t"), value.get("step", 0), value.get("after_link", 0)]
+    if not all(type(n) in (int, float) and abs(n) < _LARGEST for n in numbers):
+        return False
+    segments = value.get("segments", [])
+    return isinstance(segments, list) and all(_is_segment(s) for s in segments)
+
+
+def _is_segment(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(n) is int for n in value)
 
 
 @dataclass(frozen=True)

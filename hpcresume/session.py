@@ -80,6 +80,12 @@ class Berth:
     """Whether the supervisor is gone."""
 
 
+class _UnknownArg(UsageError, KeyError):
+    """A KeyError as well, so that `args.get(name, default)` works."""
+
+    __str__ = Exception.__str__
+
+
 class Args(Mapping[str, Any]):
     """The configuration's `args`: by attribute or by key."""
 
@@ -89,17 +95,19 @@ class Args(Mapping[str, Any]):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        try:
-            return self._values[name]
-        except KeyError:
-            known = ", ".join(self._values) or "none"
-            raise UsageError(
-                f"The training function reads args.{name}, which the configuration does not set "
-                f"(args there: {known})."
-            ) from None
+        return self[name]
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self._values:
+            raise self._unknown(name)
         return self._values[name]
+
+    def _unknown(self, name: str) -> UsageError:
+        known = ", ".join(self._values) or "none"
+        return _UnknownArg(
+            f"The training function reads args.{name}, which the configuration does not set "
+            f"(args there: {known})."
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -164,6 +172,8 @@ class Session:
         called repeatedly, for other names. Raises UsageError or CheckpointError.
         """
         for name, value in objects.items():
+            if self._loader is not None:
+                raise UsageError(f"'{name}' is registered after session.steps has begun.")
             self._contents.add(name, value)
             if self._committed is not None and self._saved_state is not None:
                 for difference in self._contents.restore(name, self._committed, self._saved_state):
@@ -366,7 +376,8 @@ class Session:
         if self._saved_state is None:
             return
         assert self._loader is not None and self._committed is not None
-        unused = set(self._saved_state["objects"]) - set(self._contents.names())
+        saved_names = {*self._saved_state["objects"], *self._saved_state["values"]}
+        unused = saved_names - set(self._contents.names())
         if unused:
             raise CheckpointError(
                 f"checkpoint-{self._committed.step} holds {', '.join(sorted(unused))}, which the "
@@ -456,7 +467,7 @@ class Session:
                 text = path.read_text(errors="replace").strip()
                 if path == self._berth.link.stop:
                     return text or path.name
-                return f"{path.name}: {text}" if text else path.name
+                return path.name if path == self._berth.run.cancel or not text else f"STOP: {text}"
         return None
 
     def _stop_at_once_if_asked(self) -> None:

@@ -18,7 +18,7 @@ from hpcresume.checkpoint.store import Store
 from hpcresume.journal import lineage
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.job import JobInfo, JobState
-from hpcresume.story import Story, alive_elsewhere, read_story, waits_in_vain
+from hpcresume.story import Story, alive_elsewhere, has_no_driver, read_story, waits_in_vain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,8 @@ def _state(
     if story.completed:
         return "complete", ""
     if running is not None:
+        if has_no_driver(running):
+            return "running", "its driver is gone, so that no job will follow this one"
         return "running", "ending" if running.state is JobState.COMPLETING else ""
     newest = story.newest
     if newest is not None and story.ended(newest) is None and alive_elsewhere(newest, None, None):

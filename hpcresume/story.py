@@ -133,7 +133,12 @@ def _lives_here(claim: Mapping[str, Any]) -> bool:
 
 def waits_in_vain(job: JobInfo) -> bool:
     """Whether a job of the local backend waits, and no driver is there to start it."""
-    return job.state is JobState.PENDING and job.reason == "DriverGone"
+    return job.state is JobState.PENDING and has_no_driver(job)
+
+
+def has_no_driver(job: JobInfo) -> bool:
+    """Whether a job of the local backend has lost its driver."""
+    return job.reason == "DriverGone"
 
 
 def live_jobs(run: RunDir, environ: Mapping[str, str], me: str | None = None) -> str:

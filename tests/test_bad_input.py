@@ -35,6 +35,12 @@ import tiny
 
 Said = Callable[..., tuple[int, str, str]]
 Train = Callable[[hpcresume.Session], None]
+SETTINGS: dict[str, Any] = {
+    "max_steps": 12,
+    "seed": 3,
+    "checkpoint": {"steps": 2},
+    "scheduler": {"cluster": "local"},
+}
 CONFIG = "name: toy\ntrain: toy.py:train\nmax_steps: 10\n"
 
 
@@ -47,6 +53,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "toy.py").write_text("def train(session):\n    pass\n")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HPCRESUME_SITE", os.devnull)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("HPCRESUME_RUNS", raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -73,6 +80,15 @@ def said(project: Path, capsys: pytest.CaptureFixture[str]) -> Said:
     return run
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute as the child processes of these tests do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def trained(project: Path, capsys: pytest.CaptureFixture[str]) -> Said:
     """A training function in the foreground, in this process: exit code, output, errors.
@@ -84,15 +100,9 @@ def trained(project: Path, capsys: pytest.CaptureFixture[str]) -> Said:
         def same(session: hpcresume.Session) -> None:
             train(session)
 
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         capsys.readouterr()
-        try:
-            with pytest.raises(SystemExit) as left:
-                settings = {"max_steps": 12, "seed": 3, "checkpoint": {"steps": 2}, **settings}
-                hpcresume.main(same, ["--name", "toy", *argv], **settings)
-        finally:
-            torch.set_num_threads(threads)
+        with one_thread(), pytest.raises(SystemExit) as left:
+            hpcresume.main(same, ["--name", "toy", *argv], **{**SETTINGS, **settings})
         out, err = capsys.readouterr()
         assert isinstance(left.value.code, int)
         return left.value.code, out, err
@@ -115,14 +125,12 @@ def loop(**at: tiny.Action) -> Train:
 def uncut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The fingerprint of the tiny training without a break."""
     folder = tmp_path_factory.mktemp("uncut")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
+    argv = ["--name", "toy", "--runs", str(folder)]
+    with pytest.MonkeyPatch.context() as patch, one_thread():
         patch.setenv("HPCRESUME_SITE", os.devnull)
-        argv = ["--name", "toy", "--runs", str(folder)]
+        patch.setenv("XDG_CONFIG_HOME", str(folder))
         with pytest.raises(SystemExit, match="0"):
-            hpcresume.main(tiny.train, argv, max_steps=12, seed=3, checkpoint={"steps": 2})
-    torch.set_num_threads(threads)
+            hpcresume.main(tiny.train, argv, **SETTINGS)
     return fingerprint(RunDir(folder / "toy"))
 
 
@@ -474,7 +482,11 @@ def powerless(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("mode", "argv"),
-    [(0o000, ["status"]), (0o000, ["logs", "toy"]), (0o500, ["submit", "toy.yaml"])],
+    [
+        (0o000, ["status"]),
+        (0o000, ["logs", "toy"]),
+        (0o500, ["submit", "toy.yaml", "--cluster", "local"]),
+    ],
     ids=["status", "logs", "submit"],
 )
 def test_a_folder_of_runs_that_may_not_be_used_is_a_sentence_and_code_5(
@@ -486,9 +498,6 @@ def test_a_folder_of_runs_that_may_not_be_used_is_a_sentence_and_code_5(
         done = powerless(*argv, cwd=project)
     finally:
         runs.chmod(0o700)
-    if argv[0] == "submit":
-        # On the way there Slurm would be asked, where there is one.
-        done = done if done.returncode == 5 and "scontrol" not in done.stderr else done
     assert done.returncode == 5, done.stderr
     assert done.stderr.startswith(f"hpcresume: {runs}")
     assert done.stderr.endswith(": Permission denied. Mend it, and try again.\n")
@@ -507,9 +516,10 @@ def test_a_run_that_others_can_write_to_is_refused_with_the_cure(runs: Path, sai
 # ---- damaged run directories ---------------------------------------------------------------
 
 HUGE = (
-    b'{"t": 1e308, "kind": "saved", "step": 99999999999999999999, "global_step": 1e999, "id": "x", '
-    b'"total_steps": 99999999999999999999, "epoch": "x", "log_history": 3, "pid": 1e999, '
-    b'"cluster": "local", "host": "here", "born": 3, "num_tasks": 1e12, "adopted": {"journal": 9e99}}'
+    b'{"t": 1e308, "kind": "saved", "step": 99999999999999999999, "global_step": 1e999, '
+    b'"id": "x", "total_steps": 99999999999999999999, "epoch": "x", "log_history": 3, '
+    b'"pid": 1e999, "cluster": "local", "host": "here", "born": 3, "num_tasks": 1e12, '
+    b'"adopted": {"journal": 9e99}}'
 )
 ODD = (
     b'{"t": 1, "kind": "saved", "step": "x"}\n{"t": 2, "kind": "submitted", "after_link": "x"}\n'
@@ -638,6 +648,13 @@ def test_a_run_without_any_sound_checkpoint_does_not_begin_afresh(
     assert len(list(cut_run.path.glob("quarantined-*/model.safetensors"))) == len(steps)
 
 
+def submitted_again(run: RunDir) -> None:
+    """What `hpcresume resume` records before its job starts."""
+    journal = Journal(run.submissions, link=0, job=None)
+    journal.write("submitted", after_link=run.newest_link(), token="t", by="ada", host="login1")
+    journal.close()
+
+
 def remove_checkpoints(run: RunDir) -> None:
     for step in run.checkpoint_steps():
         shutil.rmtree(run.checkpoint(step))
@@ -658,11 +675,12 @@ def test_resume_of_a_run_whose_checkpoints_are_gone_says_what_is_missing(
 
 
 def test_a_link_of_a_run_whose_checkpoints_are_gone_does_not_begin_afresh(
-    cut_run: RunDir, project: Path
+    cut_run: RunDir,
 ) -> None:
     remove_checkpoints(cut_run)
-    for file in ("tiny.py", "test_bad_input.py"):
-        (project / file).write_text("def same(session):\n    raise SystemExit(3)\n")
+    submitted_again(cut_run)
+    cut_run.code.mkdir()
+    (cut_run.code / "test_bad_input.py").write_text("def same(session):\n    raise SystemExit(3)\n")
     argv = [sys.executable, "-m", "hpcresume", "link", str(cut_run.path)]
     done = subprocess.run(argv, env=ENVIRON, capture_output=True, text=True, check=False)
     assert done.returncode == 7, done.stdout + done.stderr
@@ -717,12 +735,10 @@ def in_a_step(action: Train) -> Train:
         (lambda s: s.register(state=1), "'state' cannot be registered: choose another name."),
         (
             lambda s: s.register(x=object()),
-            "'x' cannot be registered: a object has no state_dict()",
+            "'x' cannot be registered: a object has no state",
         ),
         (lambda s: s.args.lr, "reads args.lr, which the configuration does not set (args there: "),
         (lambda s: s.args["lr"], "reads args.lr, which the configuration does not set"),
-        (lambda s: None, "returned without having gone through session.steps."),
-        (lambda s: s.steps(s.loader(data(), 4)), "without having gone through session.steps."),
         (through(lambda s: [1, 2]), "session.steps takes what session.loader returned."),
         (through(lambda s: s.loader(data(), 4), accumulate=0), "accumulate is 0, and must be 1"),
         (lambda s: s.loader(Stream(), 4), "session.loader needs a dataset with a length"),
@@ -737,8 +753,8 @@ def in_a_step(action: Train) -> Train:
     ],
     ids=[
         *("steps twice", "same name", "reserved name", "unsupported", "args attribute", "args key"),
-        *("no steps", "steps not gone through", "foreign loader", "accumulate", "stream"),
-        *("empty dataset", "batch size", "two metrics", "logged object", "registered late"),
+        *("foreign loader", "accumulate", "stream", "empty dataset", "batch size"),
+        *("two metrics", "logged object", "registered late"),
     ],
 )
 def test_misuse_of_the_session_is_a_sentence_with_the_place_and_code_2(
@@ -749,6 +765,15 @@ def test_misuse_of_the_session_is_a_sentence_with_the_place_and_code_2(
     assert sentence in line
     assert "test_bad_input.py, line " in line
     assert code == 2
+
+
+@pytest.mark.parametrize(
+    "train", [lambda s: None, lambda s: s.steps(s.loader(data(), 4))], ids=["none", "not begun"]
+)
+def test_a_training_function_that_does_no_steps_is_told_so(trained: Said, train: Train) -> None:
+    code, out, _ = trained(train)
+    assert code == 2
+    assert "The training function returned without having gone through session.steps." in out
 
 
 def resumed(
@@ -781,7 +806,8 @@ def resumed(
     [
         (
             resumed(size=50),
-            "The data are not those of checkpoint-7: length 48 -> 50. Set them back, or begin a new run.",
+            "The data are not those of checkpoint-7: length 48 -> 50. Set them back, or begin a "
+            "new run.",
         ),
         (resumed(batch_size=8), "not those of checkpoint-7: batch_size 4 -> 8."),
         (resumed(accumulate=2), "not those of checkpoint-7: accumulate 1 -> 2."),
@@ -862,11 +888,7 @@ def test_a_cancelled_foreground_run_says_who_and_can_be_started_again(
 def test_a_script_does_not_take_over_a_run_with_a_living_job(
     cut_run: RunDir, trained: Said
 ) -> None:
-    journal = Journal(cut_run.submissions, link=0, job=None)
-    journal.write("submitted", after_link=1, token="t", by="ada", host="login1")
-    journal.close()
-    identity = cut_run.identity.read_text()
-    cut_run.identity.write_text(identity.replace('"cluster": "slurm"', '"cluster": "local"'))
+    submitted_again(cut_run)
     queue_job(cut_run)
     with only_driver(cut_run):
         code, _, err = trained(loop())
@@ -881,21 +903,22 @@ import hpcresume, tiny
 def train(session):
     tiny.loop(session, {actions})
 
-hpcresume.main(train, ["--name", "toy", *sys.argv[1:]], max_steps=12, seed=3,
-               checkpoint={{"steps": 2}})
+hpcresume.main(train, ["--name", "toy", *sys.argv[1:]], **{settings!r})
 """
 
 
-def script(project: Path, actions: str, more: str = "") -> subprocess.Popen[str]:
+def script(
+    project: Path, actions: str, more: str = "", errors: int = subprocess.STDOUT
+) -> subprocess.Popen[str]:
     """A training script in a process of its own, with what it prints in its pipe."""
     shutil.copy(TRAINING / "tiny.py", project)
-    (project / "script.py").write_text(more + SCRIPT.format(actions=actions))
+    (project / "script.py").write_text(more + SCRIPT.format(actions=actions, settings=SETTINGS))
     return subprocess.Popen(
         [sys.executable, "-u", "script.py"],
         cwd=project,
         env=ENVIRON,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=errors,
         text=True,
     )
 
@@ -923,6 +946,18 @@ def test_one_ctrl_c_saves_and_running_again_ends_with_the_uncut_bytes(
     second = script(project, "{}")
     out, _ = second.communicate(timeout=30)
     assert (second.returncode, "resuming from step" in out) == (0, True), out
+    assert_equivalent(RunDir(project / "runs" / "toy"), uncut)
+
+
+def test_a_script_whose_reader_has_left_trains_to_its_end_in_peace(
+    project: Path, uncut: dict[str, Any]
+) -> None:
+    with script(project, "{}", errors=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
     assert_equivalent(RunDir(project / "runs" / "toy"), uncut)
 
 
@@ -983,11 +1018,14 @@ def test_a_full_disk_costs_a_checkpoint_and_neither_the_training_nor_the_ones_be
 ) -> None:
     mount = "mkdir disk && mount -t tmpfs -o size=3m tmpfs disk"
     probe = ["unshare", "-m", "sh", "-c", mount]
-    if os.getuid() or subprocess.run(probe, cwd=project, capture_output=True).returncode:
+    probed = subprocess.run(probe, cwd=project, capture_output=True, check=False)
+    if probed.returncode:
         pytest.skip("only root may mount a small disk")
     (project / "disk").rmdir()
     shutil.copy(TRAINING / "tiny.py", project)
-    (project / "script.py").write_text(FILLING + SCRIPT.format(actions="{5: fill, 9: free}"))
+    (project / "script.py").write_text(
+        FILLING + SCRIPT.format(actions="{5: fill, 9: free}", settings=SETTINGS)
+    )
     train = f"{sys.executable} -u script.py --runs disk"
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", f"{mount} && {train}; code=$?; cp -a disk kept; exit $code"],

@@ -132,7 +132,7 @@ def test_parse_time_gives_seconds_or_config_error_for_any_text(text: str) -> Non
 
 
 def _structs() -> list[type[msgspec.Struct]]:
-    kinds = vars(config).values()
+    kinds = vars(schema).values()
     return [k for k in kinds if isinstance(k, type) and issubclass(k, msgspec.Struct)]
 
 

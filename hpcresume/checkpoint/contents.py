@@ -79,7 +79,14 @@ class Contents:
                 entries.append(writer.write_json(directory / f"{name}.json", value))
         entries.append(writer.write_json(directory / RNG, list(rng)))
         entries.append(
-            writer.write_json(directory / STATE, {"progress": dict(progress), "objects": objects})
+            writer.write_json(
+                directory / STATE,
+                {
+                    "progress": dict(progress),
+                    "objects": objects,
+                    "values": [name for name in self._objects if name not in objects],
+                },
+            )
         )
         for name, value in self._objects.items():
             if _is_tokenizer(value) and not _is_stateful(value):

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from hpcresume.display.terminal import forgive_letters, let_go_of_stdout
+from hpcresume.display.terminal import forgive, let_go_of_stdout
 from hpcresume.errors import HpcResumeError, unavailable
 
 #: Command -> module below this package; the function has the command's name.
@@ -67,7 +67,7 @@ def cli() -> None:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code; errors are one sentence on stderr."""
-    forgive_letters()
+    forgive()
     try:
         code: Any = cli.main(args=argv, prog_name="hpcresume", standalone_mode=False)
     except HpcResumeError as error:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpcresume.display.terminal import forgive_letters
+from hpcresume.display.terminal import forgive
 
 #: Module names as people know them.
 _WORDS = {"session": "train", "store": "checkpoint", "record": "train"}
@@ -59,7 +59,7 @@ def logging_to(
     logger = logging.getLogger(name)
     handlers: list[logging.Handler] = []
     if console:
-        forgive_letters()
+        forgive()
         stream = _Console(sys.stdout)
         stream.setLevel(level)
         handlers.append(stream)

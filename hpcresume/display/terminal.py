@@ -1,4 +1,4 @@
-"""Standard output where it is not what one hopes for: a closed pipe, a terminal of few letters."""
+"""Standard output where it is not what one hopes for: closed, or a terminal of few letters."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import os
 import sys
 
 
-def forgive_letters() -> None:
-    """Show a question mark for what the terminal's encoding lacks, instead of an error."""
+def forgive() -> None:
+    """Let nothing that is printed be an error.
+
+    A question mark is shown for what the terminal's encoding lacks; where standard output is
+    closed, nothing is.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

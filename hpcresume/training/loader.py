@@ -44,6 +44,8 @@ class ResumableLoader:
                 "session.loader needs a dataset with a length and an index (a map-style "
                 "dataset): the position in a stream cannot be restored."
             )
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}, and must be 1 or more.")
         self.dataset = dataset
         self.length = len(dataset)
         self.batch_size = batch_size
