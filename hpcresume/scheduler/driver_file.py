@@ -99,7 +99,7 @@ def _process(data: bytes | None) -> ProcessId | None:
     """The driver that a file names; None for garbage, which nobody defends."""
     try:
         return ProcessId.read(json.loads(data or b""))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         return None
 
 
