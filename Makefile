@@ -9,7 +9,9 @@ BIN := .venv/bin
 .PHONY: quickstart test test-long check bench clean
 
 quickstart: .venv/.installed
-	@if [ -e runs/quickstart/run.yaml ]; then \
+	@if [ -e runs/quickstart/final_model ]; then \
+		$(BIN)/hpcresume status quickstart; \
+	elif [ -e runs/quickstart/run.yaml ]; then \
 		$(BIN)/hpcresume resume quickstart; \
 	else \
 		$(BIN)/hpcresume submit configs/quickstart.yaml --cluster local --time 00:00:13 \
