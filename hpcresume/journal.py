@@ -24,6 +24,8 @@ from hpcresume.run_dir import LinkDir, RunDir
 
 VERSION = 1
 _LARGEST = 1e18
+#: What readers take for numbers, besides `t`.
+_NUMBERS = ("step", "after_link", "of", "seconds", "step_s")
 Record = dict[str, Any]
 
 
@@ -109,7 +111,7 @@ def _is_record(value: Any) -> bool:
     """Whether a line is a record of ours; what disk or hand made of it otherwise is passed over."""
     if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
         return False
-    numbers = [value.get("t"), value.get("step", 0), value.get("after_link", 0)]
+    numbers = [value.get("t"), *(value[name] for name in _NUMBERS if name in value)]
     if not all(type(n) in (int, float) and abs(n) < _LARGEST for n in numbers):
         return False
     segments = value.get("segments", [])

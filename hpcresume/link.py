@@ -32,7 +32,14 @@ from hpcresume.scheduler.choice import scheduler_of
 from hpcresume.scheduler.environment import Allocation, allocation
 from hpcresume.scheduler.job import JobInfo, JobSpec, JobState, Scheduler
 from hpcresume.signals import SignalFlags, listen
-from hpcresume.story import Story, alive_elsewhere, find_jobs, read_story, token_prefix
+from hpcresume.story import (
+    Story,
+    alive_elsewhere,
+    find_jobs,
+    read_story,
+    this_process,
+    token_prefix,
+)
 from hpcresume.training.clock import lead_time
 
 log = logging.getLogger(__name__)
@@ -168,6 +175,7 @@ class _Supervisor:
         self.past = story.links
         over = self._already_over(story)
         if over is not None:
+            log.info("nothing to do: %s", over.reason)
             self._drop_ahead()
             return self._outcome(over, None, 0)
         history = self._history(story)
@@ -289,9 +297,8 @@ class _Supervisor:
         claim = {
             "job": self.job.job_id,
             "restart": self.job.restart_count,
-            "host": socket.gethostname(),
+            **this_process(),
             "nodes": self.job.node_list,
-            "pid": os.getpid(),
             "num_tasks": self.num_tasks,
             "t": round(time.time(), 3),
         }
@@ -418,7 +425,8 @@ class _Supervisor:
     def _measured(self) -> tuple[list[float], list[float]]:
         """Durations of the run's saves and steps, as the journals told when this link began."""
         records = [r for link in self.past for r in link.all("saved")][-32:]
-        return [float(r["seconds"]) for r in records], [float(r["step_s"]) for r in records]
+        saves, steps = ([r[name] for r in records if name in r] for name in ("seconds", "step_s"))
+        return saves, steps
 
     def _save_guess_s(self) -> float:
         saves, _ = self._measured()

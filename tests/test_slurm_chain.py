@@ -33,13 +33,14 @@ from slurm_cluster import SlurmCluster
 from hpcresume.journal import LinkRecords, read_chain
 from hpcresume.run_dir import RunDir
 
-pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(300)]
 REPOSITORY = Path(__file__).parents[1]
 #: Each link trains for some seconds: 60 s of limit less this lead time.
 LEAD_S = 50
 SHORT = {
     "args": {"pause_s": 0.2},
-    "chain": {"lead_s": LEAD_S},
+    # A start that outlasts the few seconds of a link, on a busy machine, is not to end the chain.
+    "chain": {"lead_s": LEAD_S, "no_progress_links": 10},
     "scheduler": {"time": "00:01:00", "cluster": "slurm"},
 }
 
@@ -62,7 +63,7 @@ class Chain:
         assert done.returncode == 0, done.stdout + done.stderr
         return self
 
-    def wait(self, what: Callable[[list[LinkRecords]], Any], timeout: float = 120) -> Any:
+    def wait(self, what: Callable[[list[LinkRecords]], Any], timeout: float = 200) -> Any:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             found = what(read_chain(self.run))
@@ -84,7 +85,7 @@ class Chain:
 
         return self.wait(look)
 
-    def completed(self, timeout: float = 120) -> None:
+    def completed(self, timeout: float = 200) -> None:
         self.wait(lambda links: any(link.last("completed") for link in links), timeout)
         self.nothing_queued()
 
@@ -321,7 +322,7 @@ def test_two_ranks_on_two_nodes_give_the_same_bytes_after_a_cut(
     whole = new_chain(cluster, folder / "whole", chain={"lead_s": 0}, **nodes)
     whole.run = RunDir(folder / "whole" / "runs" / "whole")
     whole.submit("--name=whole", "--set=args.pause_s=0")
-    cut = new_chain(cluster, folder / "cut", **nodes).submit()
+    cut = new_chain(cluster, folder / "cut", chain={"lead_s": 44}, **nodes).submit()
     kill_rank(cut, cut.started(step=18))
     whole.completed()
     cut.completed()
@@ -393,7 +394,7 @@ def test_the_other_ways_chain_as_well(
     cluster: SlurmCluster, folder: Path, uncut: dict[str, Any], mode: str
 ) -> None:
     chain = new_chain(cluster, folder, chain={"mode": mode, "lead_s": 50}).submit()
-    chain.completed(180)
+    chain.completed()
     links = read_chain(chain.run)
     assert len(links) >= 2, chain.story()
     jobs = {link.claim["job"] for link in links}

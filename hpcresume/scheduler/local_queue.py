@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 KEY_VARIABLE = "HPCRESUME_JOB_KEY"
 
 _NAMED = re.compile(r"(\d+)\.(?:job\.json|state\.json|cancel|update\.json)")
+#: What the reading of a file raises that none of us has written.
+_FOREIGN = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 _JOB = re.compile(r"([1-9]\d*)\.job\.json")
 
 
@@ -160,7 +162,7 @@ class JobFiles:
             return None
         try:
             return _job(files.read_json_or_none(self.job(id)))
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except _FOREIGN:
             if id not in self._said:
                 self._said.add(id)
                 log.warning("%s is no job of the local scheduler: passed over.", self.job(id))
@@ -176,7 +178,7 @@ class JobFiles:
             return _record(files.read_json(self.state(id)))
         except FileNotFoundError:
             return JobRecord()
-        except (OSError, KeyError, TypeError, ValueError, AttributeError):
+        except (OSError, *_FOREIGN):
             return _UNREADABLE
 
     def write_record(self, id: str, record: JobRecord) -> None:
@@ -205,7 +207,7 @@ class JobFiles:
         value = files.read_json_or_none(self.update(id))
         try:
             return float(value["asked"]), float(value["begin_delay_s"])
-        except (KeyError, TypeError, ValueError):
+        except _FOREIGN:
             return job.submit_time, job.begin_delay_s
 
 
