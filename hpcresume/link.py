@@ -185,12 +185,15 @@ class _Supervisor:
         if before is not None and before.kind != "continue":
             return self._leave_early(before, history)
         self._settle_delay(before)
-        ahead_known = self._queue_ahead(story) if not self._others_wait(story) else False
+        # With a spare in the queue the ranks need not wait for the second one to be queued.
+        spare = self._others_wait(story)
+        if not spare:
+            self._queue_ahead()
         began = time.monotonic()
         ranks = self._start(link, history)
         try:
-            if not ahead_known:
-                self._queue_ahead(story)
+            if spare:
+                self._queue_ahead()
             code = self._watch(ranks, link, flags)
         finally:
             ranks.kill()
@@ -355,10 +358,10 @@ class _Supervisor:
         claimed = {str(link.claim.get("job")) for link in story.links} | {str(self.job.job_id)}
         return any(id not in claimed for id in self._queued_ids(story))
 
-    def _queue_ahead(self, story: Story) -> bool:
+    def _queue_ahead(self) -> None:
         """Queue what is missing of the links ahead, each behind all that are alive."""
         if self.scheduler is None or self.config.chain.mode in ("resubmit", "requeue"):
-            return True
+            return
         assert self.journal is not None and self.job.job_id is not None
         try:
             waiting = self._waiting()
@@ -367,7 +370,6 @@ class _Supervisor:
         except (Unavailable, SubmissionRejected) as error:
             # The end of this link tries again, and the other ways.
             log.warning("no further link could be queued ahead: %s", error)
-        return True
 
     def _waiting(self) -> list[str]:
         assert self.scheduler is not None
