@@ -72,6 +72,22 @@ def listen(*, second_interrupt_kills: bool = False) -> Iterator[SignalFlags]:
         _restore(previous)
 
 
+@contextlib.contextmanager
+def hints_ignored() -> Iterator[None]:
+    """What is started in this block ignores pre-timeout signals until it listens.
+
+    Their default would end it while it still starts. Only the main thread can say so.
+    """
+    previous: dict[signal.Signals, object] = {}
+    for number in HINT_SIGNALS:
+        with contextlib.suppress(ValueError):
+            previous[number] = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        _restore(previous)
+
+
 def _restore(previous: Mapping[signal.Signals, object]) -> None:
     for number, handler in previous.items():
         signal.signal(number, handler if handler is not None else signal.SIG_DFL)  # type: ignore[arg-type]

@@ -53,6 +53,7 @@ def test_the_script_is_short_and_ends_in_the_command() -> None:
         "#SBATCH --signal=B:USR2@90\n"
         "#SBATCH --dependency=afterany:7:8\n"
         "\n"
+        "trap '' USR1 USR2\n"
         "module load cuda\n"
         "export HPCRESUME_RUN=/runs/toy\n"
         "exec python -m 'it'\"'\"'s'\n"
@@ -182,6 +183,13 @@ def test_the_command_becomes_the_batch_process_itself() -> None:
     text = render(spec(), SchedulerConfig(), ["python3", "-c", "import os; print(os.getpid())"])
     with subprocess.Popen(["bash", "-c", text], stdout=subprocess.PIPE, text=True) as started:
         assert started.communicate()[0].strip() == str(started.pid)
+
+
+def test_a_warning_signal_before_the_command_listens_does_not_end_it() -> None:
+    early = "import os, signal; os.kill(os.getpid(), signal.SIGUSR2); print('lives')"
+    text = render(spec(), SchedulerConfig(), ["python3", "-c", early])
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "lives\n")
 
 
 def test_a_job_finds_its_pickle_before_its_submitter_knows_the_id(tmp_path: Path) -> None:

@@ -367,6 +367,12 @@ def test_a_stopped_process_is_woken_to_meet_its_end(run: RunDir) -> None:
     assert info(run, id).state is JobState.TIMEOUT
 
 
+def test_a_job_that_does_not_listen_yet_survives_the_signal(run: RunDir) -> None:
+    id = submit(run, ["sleep", "0.6"], time_s=5.0, signal_s=4.9)
+    serve(run)
+    assert info(run, id).state is JobState.COMPLETED
+
+
 def test_a_job_that_leaves_with_0_after_the_signal_is_completed(run: RunDir) -> None:
     source = (
         "import signal, sys, time\n"

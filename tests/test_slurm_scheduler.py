@@ -62,6 +62,9 @@ open(os.path.join(os.path.dirname(__file__), f"ready-{place.rank}"), "w").close(
 if act == "end":
     sys.exit(0)
 if act == "fail" and place.rank == 1:
+    # The other rank must be able to tell that it was ended.
+    while not os.path.exists(os.path.join(os.path.dirname(__file__), "ready-0")):
+        time.sleep(0.02)
     sys.exit(3)
 time.sleep(60)
 """

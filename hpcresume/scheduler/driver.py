@@ -30,6 +30,7 @@ from hpcresume.scheduler.local_queue import (
     user_name,
 )
 from hpcresume.scheduler.process_table import ProcessId, family, send, session_leader
+from hpcresume.signals import hints_ignored
 
 log = logging.getLogger(__name__)
 
@@ -304,13 +305,14 @@ def _spawn(id: str, job: QueuedJob, end: float | None) -> tuple[Callable[[], int
         environ["HPCRESUME_JOB_END"] = f"{end:.3f}"
     output = _open_log(id, job)
     try:
-        child = process.spawn(
-            job.argv,
-            environ=environ,
-            output=output,
-            cwd=Path(job.workdir),
-            new_session=True,
-        )
+        with hints_ignored():
+            child = process.spawn(
+                job.argv,
+                environ=environ,
+                output=output,
+                cwd=Path(job.workdir),
+                new_session=True,
+            )
     finally:
         os.close(output)
     return child.poll, child.pid

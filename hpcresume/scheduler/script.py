@@ -48,7 +48,9 @@ def render(
     options = {**_resources(config), **_chain_options(spec, config, after)}
     options |= _users_options(config, taken=options)
     lines = ["#!/bin/bash", *(f"#SBATCH {_written(item)}" for item in options.items()), ""]
-    lines += [*config.setup, f"export HPCRESUME_RUN={shlex.quote(str(spec.run))}", *prepare]
+    # Slurm's warning may come up to a minute early, and would end what does not listen yet.
+    lines += ["trap '' USR1 USR2", *config.setup]
+    lines += [f"export HPCRESUME_RUN={shlex.quote(str(spec.run))}", *prepare]
     return "\n".join([*lines, f"exec {shlex.join(command)}", ""])
 
 
