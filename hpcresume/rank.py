@@ -54,6 +54,8 @@ from hpcresume.training.distributed import Ranks
 log = logging.getLogger(__name__)
 
 TrainFunction = Callable[[Session], None]
+#: Environment variable: the step after which a link saves and leaves, for `verify`.
+STOP_AT = "HPCRESUME_STOP_AT"
 _OWN_CODE = f"{Path(__file__).parent}{os.sep}"
 
 
@@ -229,7 +231,7 @@ def run_rank(run: RunDir, number: int, environ: Mapping[str, str]) -> int:
             return error.exit_code
 
         def berth_of(ranks: Ranks) -> Berth:
-            return _berth(
+            return berth_for(
                 run,
                 link,
                 config,
@@ -238,6 +240,7 @@ def run_rank(run: RunDir, number: int, environ: Mapping[str, str]) -> int:
                 clock,
                 job=environ.get("HPCRESUME_JOB_ID"),
                 orphaned=(lambda: os.getppid() != supervisor) if supervisor else (lambda: False),
+                stop_at=int(environ[STOP_AT]) if STOP_AT in environ else None,
             )
 
         return serve(berth_of, train, place, config)[2]
@@ -249,7 +252,7 @@ def code_roots(run: RunDir) -> list[Path]:
     return [run.code] if run.code.is_dir() else [project]
 
 
-def _berth(
+def berth_for(
     run: RunDir,
     link: LinkDir,
     config: RunConfig,
@@ -259,7 +262,9 @@ def _berth(
     *,
     job: str | None,
     orphaned: Callable[[], bool] = lambda: False,
+    stop_at: int | None = None,
 ) -> Berth:
+    """What the session of one rank of a claimed link is made of."""
     journal = Journal(link.training, link=link.number, job=job) if ranks.rank == 0 else None
     links = read_chain(run)
     fresh = config.resume == "never" and link.number == 1
@@ -276,6 +281,7 @@ def _berth(
         known_step=known_step(links),
         begin_fresh=fresh,
         orphaned=orphaned,
+        stop_at=stop_at,
     )
 
 
@@ -341,7 +347,7 @@ def _foreground(
                     request.unlink(missing_ok=True)
             link = run.link(ranks.broadcast(number))
             taken.append(link)
-            return _berth(run, link, config, ranks, flags, clock, job=job.job_id)
+            return berth_for(run, link, config, ranks, flags, clock, job=job.job_id)
 
         with logging_to(*((run.train_log,) if place.rank == 0 else ()), level=config.log.level):
             how, why, code = serve(berth_of, train, place, config)

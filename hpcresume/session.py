@@ -78,6 +78,8 @@ class Berth:
     """Do not resume, although there may be checkpoints (`resume: never`)."""
     orphaned: Callable[[], bool] = lambda: False
     """Whether the supervisor is gone."""
+    stop_at: int | None = None
+    """The step after which this link saves and leaves; None: whenever it must."""
 
 
 class _UnknownArg(UsageError, KeyError):
@@ -427,6 +429,8 @@ class Session:
 
     def _look_after(self) -> None:
         """Save, or end the link, where it is due."""
+        if self.global_step == self._berth.stop_at:
+            self._stop(f"it was to stop at step {self.global_step}")
         due = self._cadence.by_count(self.global_step, epoch_ended=self._epoch_ended)
         asked = self._save_asked or self._cadence.by_clock(time.monotonic() - self._saved_at)
         why_stop = self._why_stop()
@@ -474,6 +478,8 @@ class Session:
         """A link that starts too late, or is stopped while it starts, does no step."""
         if self._finished():
             return
+        if self._berth.stop_at is not None and self.global_step >= self._berth.stop_at:
+            self._stop(f"it was to stop at step {self._berth.stop_at}")
         asked = [reason for reason in self._ranks.gather(self._why_stop()) if reason]
         reason = self._ranks.broadcast(asked[0] if asked else None)
         if reason is not None:

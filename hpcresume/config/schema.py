@@ -102,6 +102,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Quality of service."""
     constraint: _Line | None = None
     """Node features that are asked for."""
+    pin_hardware: bool = False
+    """Ask for nodes of the first link's kind (its features and type of GPU) in every later job."""
     exclude: _Line | None = None
     """Nodes never to be used, as for sbatch --exclude."""
     setup: list[str] = msgspec.field(default_factory=list)
@@ -142,7 +144,14 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     epochs: _AtLeast1 | None = None
     """...or after so many passes over the data, whichever comes first."""
     deterministic: bool = False
-    """Only algorithms that give the same bits every time; may be slower."""
+    """Only algorithms that give the same bits every time, and a fixed number of threads; may be
+    slower."""
+    accept: list[Literal["dataset", "batch"]] = msgspec.field(default_factory=list)
+    """Changes that a resumed training takes over although it is another one then: another dataset
+    (the next epoch begins), another batch size or accumulation (see docs/exact-resume.md)."""
+    override: dict[str, int | float] = msgspec.field(default_factory=dict)
+    """Values of the optimizer ("lr", "weight_decay") that win over the code's and, once, over the
+    checkpoint's. `hpcresume resume --set lr=0.01` writes them here."""
     resume: Literal["auto", "ask", "never"] = "auto"
     """What a new start does with checkpoints that are there already."""
     checkpoint: CheckpointConfig = msgspec.field(default_factory=CheckpointConfig)
