@@ -44,9 +44,10 @@ from hpcresume.journal import Journal, known_step, lineage, read_chain
 from hpcresume.run_dir import LinkDir, RunDir, find_run, is_run, runs_root
 from hpcresume.scheduler.choice import chosen_cluster
 from hpcresume.scheduler.environment import RankPlace, allocation, rank_place
-from hpcresume.session import Berth, LinkEnds, Session
+from hpcresume.session import LinkEnds, Session
 from hpcresume.signals import SignalFlags, listen
 from hpcresume.story import alive_elsewhere, live_jobs, read_story, this_process
+from hpcresume.training.berth import Berth
 from hpcresume.training.clock import Clock
 from hpcresume.training.determinism import make_deterministic, seed_everything
 from hpcresume.training.distributed import Ranks

@@ -11,39 +11,31 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from hpcresume import files
-from hpcresume.checkpoint import contents, rng, writer
+from hpcresume.checkpoint import contents, rng
 from hpcresume.checkpoint.cadence import Cadence
 from hpcresume.checkpoint.contents import Contents
-from hpcresume.checkpoint.manifest import Committed, FileEntry, read_committed
-from hpcresume.checkpoint.retention import Policy
-from hpcresume.checkpoint.store import Store
 from hpcresume.config import RunConfig
-from hpcresume.errors import CheckpointError, Fenced, Unavailable, UsageError
-from hpcresume.journal import (
-    Journal,
-    Lineage,
-    Segment,
-    segments_from_json,
-    segments_to_json,
-)
-from hpcresume.run_dir import LinkDir, RunDir
-from hpcresume.signals import SignalFlags
-from hpcresume.training.clock import Clock
-from hpcresume.training.distributed import Agreement, Ranks
-from hpcresume.training.loader import ResumableLoader
+from hpcresume.errors import CheckpointError, Unavailable, UsageError
+from hpcresume.training import changes, hyperparameters, machine
+from hpcresume.training.berth import Berth
+from hpcresume.training.determinism import mixed_seed, seed_everything
+from hpcresume.training.distributed import Agreement
+from hpcresume.training.feeds import feed_of
+from hpcresume.training.loader import Feed, ResumableLoader
 from hpcresume.training.record import MetricLog, trainer_state
+from hpcresume.training.saving import Saver
+from hpcresume.training.stopping import StopWatch
+from hpcresume.training.stream import StreamLoader
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 0.5
 _PUBLISH_S = 5.0
 #: What a shared file system writes at the least, for the first guess of a save's duration.
 SLOW_DISK_BYTES_S = 100e6
@@ -55,31 +47,6 @@ class LinkEnds(BaseException):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-
-
-@dataclass(kw_only=True)
-class Berth:
-    """Where a session runs: what `rank` hands in."""
-
-    run: RunDir
-    run_id: str
-    link: LinkDir
-    config: RunConfig
-    ranks: Ranks
-    flags: SignalFlags
-    clock: Clock
-    journal: Journal | None
-    """Rank 0's; None on the other ranks."""
-    lineage: Lineage
-    """As it stood before this link."""
-    known_step: int = 0
-    """The newest step that the journals know as committed."""
-    begin_fresh: bool = False
-    """Do not resume, although there may be checkpoints (`resume: never`)."""
-    orphaned: Callable[[], bool] = lambda: False
-    """Whether the supervisor is gone."""
-    stop_at: int | None = None
-    """The step after which this link saves and leaves; None: whenever it must."""
 
 
 class _UnknownArg(UsageError, KeyError):
@@ -123,34 +90,17 @@ class Session:
 
     def __init__(self, berth: Berth) -> None:
         self._berth = berth
-        self._config = berth.config
+        self._config: RunConfig = berth.config
         self._ranks = berth.ranks
         self._clock = berth.clock
-        self._store = Store(berth.run, berth.run_id)
         self._contents = Contents()
         self._metrics = MetricLog(berth.link if berth.ranks.rank == 0 else None)
         self._agreement = Agreement(berth.ranks)
+        self._stops = StopWatch(berth)
         checkpoint = berth.config.checkpoint
         self._cadence = Cadence(
             steps=checkpoint.steps, minutes=checkpoint.minutes, each_epoch=checkpoint.each_epoch
         )
-        self._policy = Policy(last=checkpoint.keep_last, best=checkpoint.keep_best)
-
-        self._loader: ResumableLoader | None = None
-        self._accumulate = 1
-        self._position = 0
-        self._in_body = False
-        self._train_seconds = 0.0
-        self._best: dict[str, Any] | None = None
-        self._metric_now: dict[str, Any] | None = None
-        self._save_asked: str | None = None
-        self._history: list[dict[str, Any]] = []
-        self._looked_at = 0.0
-        self._step_began = time.monotonic()
-        self._epoch_ended = False
-        self._saved_at = time.monotonic()
-        self._published_at = 0.0
-        self._rate_from = (time.monotonic(), 0)
         self.args = Args(berth.config.args)
         self.rank = berth.ranks.rank
         self.world_size = berth.ranks.world_size
@@ -161,68 +111,108 @@ class Session:
         self.max_steps: int | None = berth.config.max_steps
         self.sync_gradients = True
 
-        self._committed, self._saved_state = self._find_checkpoint()
-        self._tried_step = self.global_step
-        self._lineage = self._adopt()
+        self._feed: Feed | None = None
+        self._feed_state: Any = None
+        self._accumulate = 1
+        self._position = 0
+        self._last = False
+        self._in_body = False
+        self._train_seconds = 0.0
+        self._best: dict[str, Any] | None = None
+        self._metric_now: dict[str, Any] | None = None
+        self._save_asked: str | None = None
+        self._given: dict[str, Any] = {}
+        self._saver = Saver(berth, self._contents, self._metrics)
+        self._take_over()
+        self._published_at = 0.0
+        self._step_began = time.monotonic()
+        self._rate_from = (self._step_began, self.global_step)
 
     # ---- what a training function calls -------------------------------------------------
 
-    def register(self, **objects: Any) -> None:
+    def register(self, *, keep: Collection[str] = (), **objects: Any) -> None:
         """Have objects saved and, where the run has a checkpoint, restored: here and now.
 
-        Anything with `state_dict()` and `load_state_dict()`, a tokenizer, or a JSON value. May be
-        called repeatedly, for other names. Raises UsageError or CheckpointError.
+        Anything with `state_dict()` and `load_state_dict()`, a random generator (of torch, NumPy
+        or Python), a tokenizer, or a JSON value. May be called repeatedly, for other names.
+
+        The checkpoint's settings of optimizers and schedules win over the code's, which is said;
+        `keep=("lr",)` names settings for which a change of the code wins, from this step on.
+        Raises UsageError or CheckpointError.
         """
         for name, value in objects.items():
-            if self._loader is not None:
+            if self._feed is not None:
                 raise UsageError(f"'{name}' is registered after session.steps has begun.")
+            code = hyperparameters.given(value)
             self._contents.add(name, value)
-            if self._committed is not None and self._saved_state is not None:
-                for difference in self._contents.restore(name, self._committed, self._saved_state):
-                    log.warning(difference)
+            committed, saved = self._saver.committed, self._saver.state
+            if committed is not None and saved is not None:
+                for difference in self._contents.restore(name, committed, saved):
+                    self._say_changed(difference)
+            if code is not None:
+                self._given[name] = self._settled(name, value, code, keep)
 
     def loader(
         self,
         dataset: Dataset[Any],
-        batch_size: int,
+        batch_size: int | None = None,
         *,
         shuffle: bool = False,
         drop_last: bool = False,
+        sampler: Iterable[int] | None = None,
+        batch_sampler: Iterable[list[int]] | None = None,
         **options: Any,
-    ) -> ResumableLoader:
+    ) -> ResumableLoader | StreamLoader:
         """A loader that resumes at its position. `batch_size` is per rank.
 
-        `options` go to torch's DataLoader (num_workers, collate_fn, pin_memory…).
+        `dataset` has a length and an index, or is an IterableDataset (with `state_dict()` and
+        `load_state_dict()`, or it is read again up to its place). `options` go to torch's
+        DataLoader (num_workers, collate_fn, pin_memory…). Raises UsageError.
         """
+        if isinstance(dataset, IterableDataset):
+            if shuffle or sampler is not None or batch_sampler is not None:
+                raise UsageError("session.loader: the order of an IterableDataset is its own.")
+            return StreamLoader(
+                dataset,
+                batch_size=batch_size,
+                drop_last=drop_last,
+                seed=self._config.seed,
+                rank=self.rank,
+                options=options,
+            )
         return ResumableLoader(
             dataset,
             batch_size=batch_size,
             shuffle=shuffle,
             drop_last=drop_last,
+            sampler=sampler,
+            batch_sampler=batch_sampler,
             seed=self._config.seed,
             rank=self.rank,
             world_size=self.world_size,
             options=options,
         )
 
-    def steps(self, loader: ResumableLoader, accumulate: int = 1) -> Iterator[Any]:
+    def steps(self, loader: Iterable[Any] | Feed, accumulate: int = 1) -> Iterator[Any]:
         """Go through the remaining micro-batches of all remaining epochs.
 
-        A step is `accumulate` micro-batches, or what is left at the epoch's end; in its last one
-        `sync_gradients` is true. When the link must end, the state is saved and the training
-        function is left from here.
+        `loader` is what `session.loader` returned, a DataLoader of torch's, a list of batches, or
+        another iterable (with `state_dict()` and `load_state_dict()`, or it is read again up to
+        its place). A step is `accumulate` micro-batches, or what is left at the epoch's end; in
+        its last one `sync_gradients` is true. When the link must end, the state is saved and the
+        training function is left from here.
         """
-        self._begin(loader, accumulate)
+        feed = self._begin(loader, accumulate)
         self._stop_at_once_if_asked()
         while not self._finished():
-            per_epoch = len(loader)
-            if self._position == 0 and self._rank0:
+            if self._position == 0:
                 self._say_epoch()
-            for batch in loader.batches(self.epoch, self._position):
+            came = False
+            for batch, last in feed.batches(self.epoch, self._position, self._feed_state):
+                came = True
                 self._position += 1
-                self.sync_gradients = (
-                    self._position % accumulate == 0 or self._position == per_epoch
-                )
+                self._last = last
+                self.sync_gradients = last or self._position % accumulate == 0
                 self._in_body = True
                 yield batch
                 self._in_body = False
@@ -231,6 +221,9 @@ class Session:
                     if self._finished():
                         break
                     self._look_after()
+            if not came:
+                raise UsageError(f"The data give no batch in epoch {self.epoch + 1}.")
+            self._feed_state = None
 
     def log(self, **values: Any) -> None:
         """Note metrics of the step in progress; tensors are read later, in batches."""
@@ -278,126 +271,155 @@ class Session:
     def _rank0(self) -> bool:
         return self.rank == 0
 
-    def _find_checkpoint(self) -> tuple[Committed | None, dict[str, Any] | None]:
-        """The newest verified checkpoint: rank 0 decides, all ranks use the same."""
-        found: Committed | None = None
-        if self._rank0 and not self._berth.begin_fresh:
-            found = self._store.latest_verified(self._berth.lineage, self._note_bad)
-            self._store.sweep(self._berth.link.number)
-            if found is None and self._berth.known_step:
-                raise CheckpointError(
-                    f"The journal of {self._berth.run.name} knows step {self._berth.known_step} "
-                    f"as committed, but no usable checkpoint is left in {self._berth.run.path}: "
-                    f"put one back, or begin a new run."
-                )
-        step = self._ranks.broadcast(None if found is None else found.step)
-        if step is None:
-            return None, None
-        if found is None:
-            found = read_committed(self._berth.run.checkpoint(step), self._berth.lineage)
-        state = files.read_json(found.path / contents.STATE)
-        progress = state["progress"]
-        if progress["world_size"] != self.world_size:
-            raise CheckpointError(
-                f"checkpoint-{step} was written by {progress['world_size']} ranks, and this link "
-                f"has {self.world_size}: start it with as many."
+    def _take_over(self) -> None:
+        """Be where the checkpoint was; the data's place is settled when they are known."""
+        machines: list[Any] = []
+        if self._saver.state is not None:
+            progress = self._saver.progress
+            self.global_step = progress["global_step"]
+            self.epoch = progress["epoch"]
+            self._position = progress["position"]
+            self._train_seconds = progress["train_seconds"]
+            self._best = progress["best"]
+            self._metrics.history = progress["history"]
+            machines = progress.get("machines", [])
+        was = machines[self.rank] if self.rank < len(machines) else None
+        if self._config.deterministic:
+            machine.pin_threads(was)
+        self._machine = machine.describe()
+        if was is not None:
+            for difference in machine.differences(was, self._machine):
+                self._say_changed(f"{difference}: the bits may differ from here on")
+
+    def _settled(
+        self, name: str, value: Any, code: dict[str, Any], keep: Collection[str]
+    ) -> dict[str, Any]:
+        """Decide which settings of an optimizer or schedule hold; what is remembered as given."""
+        override = self._config.override
+        was = code
+        if self._saver.state is not None:
+            was = self._saver.progress.get("given", {}).get(name, code)
+        now = hyperparameters.overridden(code, override)
+        unwanted = []
+        for change in hyperparameters.changes(was, now):
+            if hyperparameters.wanted(change, {*keep, *override}):
+                hyperparameters.apply(value, change)
+                self._say_changed(f"'{name}' takes over {change}")
+            else:
+                unwanted.append(change)
+        if unwanted:
+            words = ", ".join(map(str, unwanted))
+            log.warning(
+                "the code now gives '%s' %s; the checkpoint's values are used. To take the new "
+                "ones: hpcresume resume --set lr=…, or session.register(…, keep=(%s,))",
+                name,
+                words,
+                ", ".join(sorted({repr(change.key) for change in unwanted})),
             )
-        self.global_step = progress["global_step"]
-        self.epoch = progress["epoch"]
-        self._position = progress["position"]
-        self._train_seconds = progress["train_seconds"]
-        self._best = progress["best"]
-        self._history = progress["history"]
-        return found, state
+        return hyperparameters.without(now, unwanted)
 
-    def _note_bad(self, step: int, reason: str) -> None:
-        log.warning("checkpoint-%d is not used: %s; it is quarantined", step, reason)
-        if self._berth.journal is not None:
-            self._berth.journal.write("quarantined", step=step, reason=reason)
-
-    def _adopt(self) -> Lineage:
-        """Declare what this link builds upon: from here on the rest is off the lineage."""
-        segments: tuple[Segment, ...] = ()
-        if self._saved_state is not None:
-            segments = segments_from_json(self._saved_state["progress"]["lineage"])
-        lineage = Lineage(segments, self._berth.link.number)
-        if self._berth.journal is None:
-            return lineage
-        found = self._committed
-        self._berth.journal.write(
-            "restored",
-            step=self.global_step,
-            epoch=self.epoch,
-            digest=None if found is None else found.manifest.digest,
-            bytes=0 if found is None else found.manifest.payload_bytes,
-            segments=segments_to_json(segments),
-        )
-        if found is None:
-            log.info("starting fresh: no checkpoint in %s", self._berth.run.path)
-        else:
-            count = len(self._store.committed(lineage))
-            age_s = max(0.0, time.time() - found.manifest.created)
-            log.info(
-                "found %d checkpoint%s, resuming from step %d of epoch %d (verified, %s old, %s)",
-                count,
-                "" if count == 1 else "s",
-                self.global_step,
-                self.epoch + 1,
-                _age(age_s),
-                found.manifest.digest[:8],
-            )
-        return lineage
-
-    def _begin(self, loader: ResumableLoader, accumulate: int) -> None:
-        if self._loader is not None:
+    def _begin(self, loader: Any, accumulate: int) -> Feed:
+        if self._feed is not None:
             raise UsageError("session.steps can be gone through once in a link.")
-        if not isinstance(loader, ResumableLoader):
-            raise UsageError("session.steps takes what session.loader returned.")
         if accumulate < 1:
             raise UsageError(f"accumulate is {accumulate}, and must be 1 or more.")
-        self._loader = loader
+        seed = self._config.seed
+        feed = feed_of(loader, seed=seed, rank=self.rank, world_size=self.world_size)
+        self._feed = feed
         self._accumulate = accumulate
-        per_epoch = -(-len(loader) // accumulate)
-        epochs = self._config.epochs
-        by_epochs = None if epochs is None else epochs * per_epoch
-        limits = [limit for limit in (self._config.max_steps, by_epochs) if limit is not None]
-        self.max_steps = min(limits) if limits else None
-        self._check_same_loader()
+        if self._saver.state is not None:
+            self._check_registered()
+            self._find_place()
+        self._set_end()
         if self._rank0:
-            payload = self._contents.payload_bytes()
-            self._clock.guess(payload / SLOW_DISK_BYTES_S)
-        self._started()
-        # Last of all: everything before may have drawn random numbers.
-        if self._committed is not None:
-            states = files.read_json(self._committed.path / contents.RNG)
-            rng.restore(states[self.rank])
-        self._step_began = time.monotonic()
-        self._rate_from = (self._step_began, self.global_step)
-
-    def _check_same_loader(self) -> None:
-        if self._saved_state is None:
-            return
-        assert self._loader is not None and self._committed is not None
-        saved_names = {*self._saved_state["objects"], *self._saved_state["values"]}
-        unused = saved_names - set(self._contents.names())
-        if unused:
-            raise CheckpointError(
-                f"checkpoint-{self._committed.step} holds {', '.join(sorted(unused))}, which the "
-                f"training function did not register before session.steps."
-            )
-        saved = self._saved_state["progress"]["loader"]
-        now = {**self._loader.fingerprint(), "accumulate": self._accumulate}
-        changed = [f"{key} {saved[key]} -> {now[key]}" for key in saved if saved[key] != now[key]]
-        if changed:
-            raise CheckpointError(
-                f"The data are not those of checkpoint-{self._committed.step}: "
-                f"{', '.join(changed)}. Set them back, or begin a new run."
-            )
-
-    def _started(self) -> None:
+            self._clock.guess(self._contents.payload_bytes() / SLOW_DISK_BYTES_S)
         if self._berth.journal is not None:
             self._berth.journal.write("started", step=self.global_step, max_steps=self.max_steps)
             self._publish()
+        # Last of all: everything before may have drawn random numbers.
+        self._restore_rng()
+        self._step_began = time.monotonic()
+        self._rate_from = (self._step_began, self.global_step)
+        return feed
+
+    def _check_registered(self) -> None:
+        """Raise CheckpointError where the checkpoint holds what nobody has asked for."""
+        assert self._saver.state is not None
+        saved = {*self._saver.state["objects"], *self._saver.state["values"]}
+        unused = saved - set(self._contents.names())
+        if unused:
+            raise CheckpointError(
+                f"checkpoint-{self.global_step} holds {', '.join(sorted(unused))}, which the "
+                f"training function did not register before session.steps."
+            )
+
+    def _loader_now(self) -> dict[str, Any]:
+        assert self._feed is not None
+        return {**self._feed.fingerprint(), "accumulate": self._accumulate}
+
+    def _find_place(self) -> None:
+        """Go on in the data where the checkpoint was, as far as they are the same."""
+        progress = self._saver.progress
+        verdict = changes.reconcile(
+            {**progress["loader"], "world_size": progress["world_size"]},
+            {**self._loader_now(), "world_size": self.world_size},
+            epoch=self.epoch,
+            position=self._position,
+            accept=self._config.accept,
+        )
+        if verdict.refused is not None:
+            raise CheckpointError(
+                f"checkpoint-{self.global_step} cannot be continued: {verdict.refused}."
+            )
+        for words in verdict.said:
+            self._say_changed(words)
+        self.epoch, self._position = verdict.epoch, verdict.position
+        states = progress.get("data", [])
+        if not verdict.said and self.rank < len(states):
+            self._feed_state = states[self.rank]
+
+    def _set_end(self) -> None:
+        """How many steps there are; a schedule that was laid out for another number is named."""
+        assert self._feed is not None
+        micro, epochs = self._feed.num_batches(), self._config.epochs
+        by_epochs = None
+        if micro is not None and epochs is not None:
+            # Counted from here: the epochs before may have had other data.
+            left = max(0, epochs - self.epoch) * -(-micro // self._accumulate)
+            by_epochs = self.global_step + left - self._position // self._accumulate
+        limits = [limit for limit in (self._config.max_steps, by_epochs) if limit is not None]
+        self.max_steps = min(limits) if limits else None
+        was = None if self._saver.state is None else self._saver.progress["max_steps"]
+        if was is None or was == self.max_steps:
+            return
+        self._say_changed(f"the end moves from step {was} to {self.max_steps or 'an unknown one'}")
+        for name, value in self._contents.items():
+            horizon = hyperparameters.horizon(value)
+            if horizon is not None:
+                log.warning(
+                    "'%s' was laid out with %s, and keeps it: beyond that it does what it does at "
+                    "its end. To lay it out anew: session.register(…, keep=(%r,))",
+                    name,
+                    horizon,
+                    horizon.partition("=")[0],
+                )
+
+    def _restore_rng(self) -> None:
+        committed = self._saver.committed
+        if committed is None:
+            return
+        states = files.read_json(committed.path / contents.RNG)
+        if self.rank < len(states):
+            for words in rng.restore(states[self.rank], self._contents.generators):
+                self._say_changed(words)
+        else:
+            seed_everything(mixed_seed(self._config.seed, self.global_step, self.rank))
+            self._say_changed(f"rank {self.rank} is new: it draws random numbers of its own")
+
+    def _say_changed(self, words: str) -> None:
+        """Say and journal what is not as in an uncut run."""
+        log.warning("%s", words)
+        self._saver.note("changed", step=self.global_step, change=words)
 
     # ---- step boundaries ----------------------------------------------------------------
 
@@ -408,32 +430,30 @@ class Session:
 
     def _boundary(self) -> None:
         """A step is over: count it."""
-        assert self._loader is not None
-        took = time.monotonic() - self._step_began
+        now = time.monotonic()
+        took = now - self._step_began
+        self._step_began = now
         self._clock.step_took(took)
         self._train_seconds += took
-        epoch = self.epoch
         self.global_step += 1
-        self._epoch_ended = self._position == len(self._loader)
-        if self._epoch_ended:
+        self._metrics.end_step(self.global_step, self.epoch)
+        if self._last:
             self.epoch += 1
             self._position = 0
-        self._metrics.end_step(self.global_step, epoch)
         if self._finished():
             self._metrics.flush()
-            if self._rank0:
-                self._say_step(time.monotonic())
+            self._say_step(now)
             self._agreement.settle()
             self._save("end")
-        self._step_began = time.monotonic()
 
     def _look_after(self) -> None:
         """Save, or end the link, where it is due."""
+        now = self._step_began
         if self.global_step == self._berth.stop_at:
             self._stop(f"it was to stop at step {self.global_step}")
-        due = self._cadence.by_count(self.global_step, epoch_ended=self._epoch_ended)
-        asked = self._save_asked or self._cadence.by_clock(time.monotonic() - self._saved_at)
-        why_stop = self._why_stop()
+        due = self._cadence.by_count(self.global_step, epoch_ended=self._last)
+        asked = self._save_asked or self._cadence.by_clock(now - self._saver.saved_at)
+        why_stop = self._stops.why(now)
         stop, save = self._agreement.exchange(
             self.global_step,
             stop=why_stop is not None,
@@ -444,35 +464,16 @@ class Session:
             self._stop(why_stop or "another rank asked for the stop")
         if due or save:
             self._save(due or asked or "asked")
+            self._step_began = time.monotonic()
         self._metric_now = None
-        now = time.monotonic()
-        logging_due = self.global_step % self._config.log.every_steps == 0
-        if self._rank0 and (logging_due or now - self._published_at >= _PUBLISH_S):
-            self._metrics.flush()
-            if logging_due:
-                self._say_step(now)
-            self._publish()
-        self._step_began = time.monotonic()
-
-    def _why_stop(self) -> str | None:
-        signal = self._berth.flags.stop_asked()
-        if signal is not None:
-            return signal
-        if self._clock.due():
-            return f"deadline: {self._clock.remaining_s() or 0:.0f} s left"
-        now = time.monotonic()
-        if now - self._looked_at < _LOOK_S:
-            return None
-        self._looked_at = now
-        if self._berth.orphaned():
-            return "the supervisor is gone"
-        for path in (self._berth.link.stop, self._berth.run.stop, self._berth.run.cancel):
-            with contextlib.suppress(OSError):
-                text = path.read_text(errors="replace").strip()
-                if path == self._berth.link.stop:
-                    return text or path.name
-                return path.name if path == self._berth.run.cancel or not text else f"STOP: {text}"
-        return None
+        if self._rank0:
+            logging_due = self.global_step % self._config.log.every_steps == 0
+            if logging_due or now - self._published_at >= _PUBLISH_S:
+                self._metrics.flush()
+                if logging_due:
+                    self._say_step(now)
+                self._publish()
+                self._step_began = time.monotonic()
 
     def _stop_at_once_if_asked(self) -> None:
         """A link that starts too late, or is stopped while it starts, does no step."""
@@ -480,7 +481,7 @@ class Session:
             return
         if self._berth.stop_at is not None and self.global_step >= self._berth.stop_at:
             self._stop(f"it was to stop at step {self._berth.stop_at}")
-        asked = [reason for reason in self._ranks.gather(self._why_stop()) if reason]
+        asked = [reason for reason in self._ranks.gather(self._stops.look()) if reason]
         reason = self._ranks.broadcast(asked[0] if asked else None)
         if reason is not None:
             self._stop(reason)
@@ -498,95 +499,53 @@ class Session:
     def _save(self, reason: str) -> None:
         """Commit the state of this step boundary; on every rank, by the same step."""
         self._save_asked = None
-        if self.global_step == self._tried_step:
+        if self.global_step == self._saver.tried_step:
             return
         # On every rank alike, also where rank 0's disk refuses: the gather needs them all.
-        self._tried_step = self.global_step
-        states = self._ranks.gather(rng.capture())
+        self._saver.tried_step = self.global_step
+        assert self._feed is not None
+        own = rng.capture(self._contents.generators)
+        parts = self._ranks.gather(
+            {"rng": own, "data": self._feed.state(), "machine": self._machine}
+        )
         if self._berth.journal is None:
             return
-        began = time.monotonic()
-        try:
-            metrics_bytes = self._metrics.sync()
-            progress = self._progress(metrics_bytes)
-            self._committed = self._store.commit(
-                lambda directory: self._write(directory, progress, states),
-                step=self.global_step,
-                epoch=self.epoch,
-                link=self._berth.link.number,
-                parent=None if self._committed is None else self._committed.manifest.digest,
-                metric=self._metric_now,
-                lineage=self._lineage,
-                fence=self._fence,
-            )
-        except OSError as error:
-            reason_words = f"{error.strerror or error} ({error.filename or self._berth.run.path})"
-            log.error(
-                "step %d could not be saved: %s; training goes on, the checkpoints before it stay",
-                self.global_step,
-                reason_words,
-            )
-            self._note("save_failed", step=self.global_step, reason=reason_words)
-            self._saved_at = time.monotonic()
+        progress = {
+            **self._progress(),
+            "data": [part["data"] for part in parts],
+            "machines": [part["machine"] for part in parts],
+        }
+        saved = self._saver.commit(
+            progress,
+            [part["rng"] for part in parts],
+            lambda: self._trainer_state(False),
+            metric=self._metric_now,
+        )
+        # A state_dict() may draw random numbers; a save must leave no trace in the training.
+        rng.restore(own, self._contents.generators)
+        if saved is None:
             return
-        seconds = time.monotonic() - began
-        self._saved_at = time.monotonic()
+        seconds, size = saved
         self._clock.saves.append(seconds)
-        size = self._committed.manifest.payload_bytes
-        self._note(
+        assert self._saver.committed is not None
+        self._saver.note(
             "saved",
             step=self.global_step,
             epoch=self.epoch,
             seconds=round(seconds, 4),
             bytes=size,
             reason=reason,
-            digest=self._committed.manifest.digest,
+            digest=self._saver.committed.manifest.digest,
             step_s=round(self._clock.last_step_s, 4),
             lead_s=round(self._clock.lead_s(), 2),
         )
-        log.info(
-            "saved step %d of epoch %d (%s in %.1f s)",
-            self.global_step,
-            self._epoch_of_step(),
-            _size(size),
-            seconds,
-        )
-        removed = self._store.prune(self._lineage, self._policy)
-        if removed:
-            log.debug("removed the checkpoints of steps %s", ", ".join(map(str, removed)))
+        epoch = self.epoch + 1 if self._position else max(1, self.epoch)
+        text = (self.global_step, epoch, _size(size), seconds)
+        log.info("saved step %d of epoch %d (%s in %.1f s)", *text)
+        self._saver.prune()
         self._publish()
 
-    def _note(self, kind: str, **fields: Any) -> None:
-        """Journal what a full disk may make impossible to journal."""
-        assert self._berth.journal is not None
-        try:
-            self._berth.journal.write(kind, **fields)
-        except OSError as error:
-            log.error("the journal cannot be written: %s", error)
-
-    def _fence(self) -> None:
-        newest = self._berth.run.newest_link()
-        if newest != self._berth.link.number:
-            raise Fenced(
-                f"Link {newest} has taken over from link {self._berth.link.number}, which leaves "
-                f"without changing anything."
-            )
-
-    def _write(
-        self, directory: Path, progress: dict[str, Any], states: list[Any]
-    ) -> list[FileEntry]:
-        entries = self._contents.write(directory, progress, states)
-        entries.append(
-            writer.write_json(directory / "trainer_state.json", self._trainer_state(False))
-        )
-        entries.append(writer.write_json(directory / "training_args.json", self._config.args))
-        return entries
-
-    def _progress(self, metrics_bytes: int) -> dict[str, Any]:
-        assert self._loader is not None
-        segments = self._lineage.extended(self._berth.link.number, self.global_step, metrics_bytes)
-        if self._metrics.latest:
-            self._history = [*self._history, self._metrics.latest][-100:]
+    def _progress(self) -> dict[str, Any]:
         return {
             "global_step": self.global_step,
             "epoch": self.epoch,
@@ -595,21 +554,20 @@ class Session:
             "max_steps": self.max_steps,
             "train_seconds": self._train_seconds,
             "best": self._best,
-            "loader": {**self._loader.fingerprint(), "accumulate": self._accumulate},
-            "lineage": segments_to_json(segments),
-            "history": self._history,
+            "loader": self._loader_now(),
+            "given": self._given,
         }
 
     def _trainer_state(self, completed: bool) -> dict[str, Any]:
-        per_epoch = len(self._loader) if self._loader is not None else 1
+        micro = None if self._feed is None else self._feed.num_batches()
         return trainer_state(
             global_step=self.global_step,
             total_steps=self.max_steps,
-            epoch=self.epoch + self._position / per_epoch,
+            epoch=self.epoch + (self._position / micro if micro else 0.0),
             num_train_epochs=self._config.epochs,
             best_metric=None if self._best is None else self._best["value"],
             best_step=None if self._best is None else self._best["step"],
-            history=self._history,
+            history=self._metrics.history,
             completed=completed,
             train_seconds=self._train_seconds,
             link=self._berth.link.number,
@@ -620,9 +578,9 @@ class Session:
         """Rewrite trainer_state.json: progress for people, which may be lost but never torn."""
         self._published_at = time.monotonic()
         state = self._trainer_state(completed)
-        latest = {**self._metrics.latest}
-        if latest and (not self._history or self._history[-1]["step"] != latest["step"]):
-            state["log_history"] = [*state["log_history"], latest][-100:]
+        latest, history = self._metrics.latest, state["log_history"]
+        if latest and (not history or history[-1]["step"] != latest["step"]):
+            state["log_history"] = [*history, latest][-100:]
         try:
             files.write_json(self._berth.run.trainer_state, state, sync=completed)
         except OSError as error:
@@ -632,7 +590,7 @@ class Session:
 
     def _complete(self) -> None:
         """The training function has returned: commit the last step, leave the finished model."""
-        if self._loader is None:
+        if self._feed is None:
             raise UsageError(
                 "The training function returned without having gone through session.steps."
             )
@@ -645,14 +603,13 @@ class Session:
         self._save("end")
         self._metrics.flush()
         if self._berth.journal is not None:
-            last = self._committed
+            last = self._saver.committed
             if last is None or last.step != self.global_step:
                 raise Unavailable(
                     f"Step {self.global_step} could not be saved, so the run is not complete; "
                     f"the next link trains from the last checkpoint again."
                 )
-            self._fence()
-            self._store.finish(last, self._contents.model_files(last))
+            self._saver.finish()
             self._berth.journal.write("completed", step=self.global_step, epoch=self.epoch)
             self._publish(completed=True)
         self._ranks.barrier()
@@ -663,14 +620,14 @@ class Session:
 
     # ---- words --------------------------------------------------------------------------
 
-    def _epoch_of_step(self) -> int:
-        return self.epoch + 1 if self._position else max(1, self.epoch)
-
     def _say_epoch(self) -> None:
-        total = f"/{self._config.epochs}" if self._config.epochs else ""
-        log.info("━━━ Epoch %d%s ━━━", self.epoch + 1, total)
+        if self._rank0:
+            total = f"/{self._config.epochs}" if self._config.epochs else ""
+            log.info("━━━ Epoch %d%s ━━━", self.epoch + 1, total)
 
     def _say_step(self, now: float) -> None:
+        if not self._rank0:
+            return
         since, step = self._rate_from
         rate = (self.global_step - step) / max(now - since, 1e-9)
         self._rate_from = (now, self.global_step)
@@ -681,14 +638,6 @@ class Session:
             if name not in ("step", "epoch") and isinstance(value, (int, float))
         )
         log.info("step %d%s: %s (%.1f steps/s)", self.global_step, total, values, rate)
-
-
-def _age(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.0f} h"
 
 
 def _size(num_bytes: float) -> str:

@@ -23,10 +23,13 @@ class SignalFlags:
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}
+        self.any = False
+        """Whether anything came at all."""
 
     def note(self, number: int) -> None:
         """Remember one arrival."""
         self._counts[number] = self._counts.get(number, 0) + 1
+        self.any = True
 
     def count(self, number: int) -> int:
         """How often a signal has arrived."""

@@ -407,7 +407,9 @@ def test_a_live_run_is_neither_submitted_nor_resumed_nor_changed(
 def test_resuming_a_complete_run_says_where_the_model_is(runs: Path, said: Said) -> None:
     run = complete(make_run(runs))
     code, _, err = said("resume", "toy")
-    assert (code, err) == (2, f"hpcresume: toy is complete: {run.final_model}.\n")
+    assert code == 2 and err.startswith(
+        f"hpcresume: toy is complete: {run.final_model}. To train it"
+    )
 
 
 def test_resume_takes_jobs_that_lost_their_driver_out_of_the_queue(runs: Path) -> None:
@@ -739,9 +741,9 @@ def in_a_step(action: Train) -> Train:
         ),
         (lambda s: s.args.lr, "reads args.lr, which the configuration does not set (args there: "),
         (lambda s: s.args["lr"], "reads args.lr, which the configuration does not set"),
-        (through(lambda s: [1, 2]), "session.steps takes what session.loader returned."),
+        (through(lambda s: 12), "session.steps goes through a loader, a list of batches or"),
         (through(lambda s: s.loader(data(), 4), accumulate=0), "accumulate is 0, and must be 1"),
-        (lambda s: s.loader(Stream(), 4), "session.loader needs a dataset with a length"),
+        (lambda s: s.loader({1, 2}, 4), "session.loader needs a dataset with a length"),
         (lambda s: s.loader(data(0), 4), "The dataset's 0 samples give no batch of 4"),
         (lambda s: s.loader(data(), 0), "batch_size is 0, and must be 1 or more."),
         (in_a_step(lambda s: s.best(a=1, b=2)), "session.best takes one metric"),
@@ -806,11 +808,11 @@ def resumed(
     [
         (
             resumed(size=50),
-            "The data are not those of checkpoint-7: length 48 -> 50. Set them back, or begin a "
-            "new run.",
+            "checkpoint-7 cannot be continued: its data were others (length 48 -> 50); set it "
+            "back, or accept it: hpcresume resume --set accept=[dataset].",
         ),
-        (resumed(batch_size=8), "not those of checkpoint-7: batch_size 4 -> 8."),
-        (resumed(accumulate=2), "not those of checkpoint-7: accumulate 1 -> 2."),
+        (resumed(batch_size=8), "its steps had 4 samples, and would have 8 (batch_size 4 -> 8)"),
+        (resumed(accumulate=2), "its steps had 4 samples, and would have 8 (accumulate 1 -> 2)"),
         (
             resumed(width=9),
             "'model.0.weight' is float32[9, 3] here, float32[8, 3] in the checkpoint.",

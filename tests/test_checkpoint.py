@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import errno
 import functools
@@ -124,6 +125,11 @@ def save(store: Store, step: int = 10, **objects: Any) -> Committed:
     contents = Contents()
     for name, value in objects.items():
         contents.add(name, value)
+    return keep(store, contents, step)
+
+
+def keep(store: Store, contents: Contents, step: int = 10) -> Committed:
+    """Commit what is registered, as it is now."""
     return commit(store, step, lambda directory: contents.write(directory, {"step": step}, []))
 
 
@@ -610,13 +616,59 @@ def test_names_that_collide_without_wrappers_are_an_error(store: Store) -> None:
         save(store, model=model)
 
 
-def test_extra_state_of_a_module_is_refused_by_name(store: Store) -> None:
-    class Extra(nn.Linear):
-        def get_extra_state(self) -> Any:
-            return {"x": 1}
+class Extra(nn.Linear):
+    """A layer with a state that no parameter holds."""
 
-    with pytest.raises(CheckpointError, match=r"model\._extra_state"):
-        save(store, model=Extra(1, 1))
+    def __init__(self, note: Any) -> None:
+        super().__init__(1, 1)
+        self.note = note
+
+    def get_extra_state(self) -> Any:
+        return self.note
+
+    def set_extra_state(self, state: Any) -> None:
+        self.note = state
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_extra_state_of_a_module_comes_back(store: Store, nested: bool) -> None:
+    note = {"calls": 3, "scale": torch.tensor([2.0])}
+    saved, fresh = Extra(note), Extra({"calls": 0, "scale": torch.tensor([0.0])})
+    whole = (nn.Sequential(saved), nn.Sequential(fresh)) if nested else (saved, fresh)
+    restore(save(store, model=whole[0]), model=whole[1])
+    assert fresh.note["calls"] == 3 and fresh.note["scale"].tolist() == [2.0]
+
+
+class Cached(nn.Linear):
+    """A layer with a buffer that its state dict leaves out."""
+
+    def __init__(self, size: int = 2) -> None:
+        super().__init__(1, 1)
+        self.register_buffer("seen", torch.zeros(size), persistent=False)
+
+
+def test_buffer_that_no_state_dict_holds_comes_back_where_it_changed(store: Store) -> None:
+    saved, fresh = Cached(), Cached()
+    contents = Contents()
+    contents.add("model", saved)
+    saved.seen += 7
+    committed = keep(store, contents)
+    restore(committed, model=fresh)
+    assert fresh.seen.tolist() == [7.0, 7.0]
+    assert "model.buffers.safetensors" not in contents.model_files(committed)
+
+
+def test_buffer_that_no_state_dict_holds_is_not_saved_where_it_is_as_made(store: Store) -> None:
+    committed = save(store, model=Cached())
+    assert "model.buffers.safetensors" not in [entry.name for entry in committed.manifest.files]
+
+
+def test_buffer_that_has_grown_comes_back_as_large(store: Store) -> None:
+    fresh, contents, saved = Cached(), Contents(), Cached()
+    contents.add("model", saved)
+    saved.seen = torch.arange(5.0)
+    restore(keep(store, contents), model=fresh)
+    assert fresh.seen.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
 def test_averaged_model_comes_back_with_its_count(store: Store) -> None:
@@ -820,7 +872,22 @@ def test_registered_value_that_is_equal_is_not_mentioned(store: Store) -> None:
 
 
 def test_value_that_cannot_be_changed_in_place_keeps_the_code_s(store: Store) -> None:
-    assert "value of the code is kept" in restore(save(store, sizes=[1]), sizes=[2])[0]
+    assert "value of the code is kept" in restore(save(store, size=1), size=2)[0]
+
+
+@pytest.mark.parametrize(
+    ("begun", "change"),
+    [({"best": 9}, lambda v: v.update(best=3)), ([1], lambda v: v.append(2))],
+    ids=["dict", "list"],
+)
+def test_value_that_training_changes_comes_back_without_a_word(
+    store: Store, begun: Any, change: Callable[[Any], None]
+) -> None:
+    live, contents, fresh = copy.deepcopy(begun), Contents(), copy.deepcopy(begun)
+    contents.add("seen", live)
+    change(live)
+    assert restore(keep(store, contents), seen=fresh) == []
+    assert fresh == live
 
 
 @pytest.mark.parametrize("make", [Net, lambda: {"a": 1}, lambda: Holder({})])

@@ -120,10 +120,45 @@ def test_all_damaged_random_states_are_tried() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
-def test_random_state_of_gpus_that_are_not_there_is_a_checkpoint_error() -> None:
+def test_random_state_of_gpus_that_are_not_there_is_said() -> None:
     state = rng.capture()
-    with pytest.raises(CheckpointError, match="random state of 1 GPUs, but 0 are visible"):
-        rng.restore({**state, "cuda": [state["torch"]]})
+    (said,) = rng.restore({**state, "cuda": [state["torch"]]})
+    assert said.startswith("the checkpoint holds the random state of 1 GPUs and 0 are visible")
+
+
+OWN: dict[str, Callable[[], Any]] = {
+    "numpy": lambda: np.random.default_rng(3),
+    "numpy-mt": lambda: np.random.Generator(np.random.MT19937(3)),
+    "numpy-philox": lambda: np.random.Generator(np.random.Philox(3)),
+    "numpy-legacy": lambda: np.random.RandomState(3),
+    "torch": lambda: torch.Generator().manual_seed(3),
+    "python": lambda: random.Random(3),
+}
+
+
+def drawn(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return torch.randn(5, generator=generator).tolist()
+    if isinstance(generator, random.Random):
+        return [generator.random(), generator.gauss(0, 1)]
+    return [generator.normal(), generator.bytes(3)]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_generator_of_ones_own_draws_the_same_after_a_round_trip_through_json(name: str) -> None:
+    made = OWN[name]()
+    drawn(made)
+    text = json.dumps(rng.capture({"mine": made}))
+    expected = drawn(made)
+    fresh = OWN[name]()
+    assert rng.restore(json.loads(text), {"mine": fresh}) == []
+    assert drawn(fresh) == expected
+
+
+def test_generator_that_the_checkpoint_does_not_know_is_a_checkpoint_error() -> None:
+    state = rng.capture({"mine": random.Random()})
+    with pytest.raises(CheckpointError, match="register the same"):
+        rng.restore(state, {"other": random.Random()})
 
 
 # The loader
@@ -168,7 +203,7 @@ def make(length: int = 23, **fields: Any) -> ResumableLoader:
 
 
 def indices(loader: ResumableLoader, epoch: int = 0, start: int = 0) -> list[list[int]]:
-    return [batch.tolist() for batch in loader.batches(epoch, start)]
+    return [batch.tolist() for batch, _ in loader.batches(epoch, start)]
 
 
 def flat(batches: Iterable[list[int]]) -> list[int]:
@@ -242,7 +277,7 @@ WORKERS = {"num_workers": 2, "multiprocessing_context": "fork"}
 def noisy_epoch() -> list[Any]:
     """An epoch whose samples draw random numbers in two workers."""
     loader = make(length=7, dataset=Noisy(7), batch_size=2, options=WORKERS)
-    return [batch for batch in loader.batches(1, 0)]
+    return [batch for batch, _ in loader.batches(1, 0)]
 
 
 @pytest.mark.parametrize("start", range(5))
@@ -250,7 +285,7 @@ def test_resuming_with_workers_gives_the_same_samples_and_noise(
     noisy_epoch: list[Any], start: int
 ) -> None:
     loader = make(length=7, dataset=Noisy(7), batch_size=2, options=WORKERS)
-    resumed = [batch for batch in loader.batches(1, start)]
+    resumed = [batch for batch, _ in loader.batches(1, start)]
     assert repr(resumed) == repr(noisy_epoch[start:])
 
 
@@ -263,17 +298,52 @@ def test_noise_in_workers_differs_between_samples(noisy_epoch: list[Any]) -> Non
     assert len(set(noise)) == 7
 
 
-def test_noise_in_the_main_process_follows_the_global_generators() -> None:
-    state = rng.capture()
+def test_noise_is_the_same_with_any_number_of_workers(noisy_epoch: list[Any]) -> None:
     loader = make(length=7, dataset=Noisy(7), batch_size=2)
-    halves = []
-    for number, batch in enumerate(loader.batches(0, 0)):
-        if number == 1:
-            state = rng.capture()
-        if number >= 2:
-            halves.append(batch)
-    rng.restore(state)
-    assert repr(list(loader.batches(0, 2))) == repr(halves)
+    assert repr([batch for batch, _ in loader.batches(1, 0)]) == repr(noisy_epoch)
+
+
+def test_noise_differs_between_epochs() -> None:
+    loader = make(length=7, dataset=Noisy(7), batch_size=2, shuffle=False)
+    first, second = (next(loader.batches(epoch, 0))[0][1] for epoch in (0, 1))
+    assert first != second
+
+
+class NoisyCollate:
+    def __call__(self, samples: list[Any]) -> Any:
+        assert type(samples) is list
+        return [index for index, _ in samples], repr(draw())
+
+
+def test_noise_of_the_collate_function_is_the_same_with_any_number_of_workers() -> None:
+    found = [
+        [batch for batch, _ in loader.batches(1, start)][-2:]
+        for options, start in ((WORKERS, 0), ({}, 0), ({}, 2))
+        for loader in [
+            make(
+                length=7,
+                dataset=Noisy(7),
+                batch_size=2,
+                options={**options, "collate_fn": NoisyCollate()},
+            )
+        ]
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+def test_workers_that_outlive_an_epoch_give_each_epoch_its_own_order_and_noise() -> None:
+    persistent = {**WORKERS, "persistent_workers": True}
+    lasting = make(length=7, dataset=Noisy(7), batch_size=2, options=persistent)
+    fresh = make(length=7, dataset=Noisy(7), batch_size=2)
+    for epoch in range(3):
+        expected = [batch for batch, _ in fresh.batches(epoch, 0)]
+        assert repr([batch for batch, _ in lasting.batches(epoch, 0)]) == repr(expected)
+
+
+def test_only_the_last_batch_of_an_epoch_is_called_the_last() -> None:
+    for start in range(6):
+        found = [last for _, last in make().batches(0, start)]
+        assert found == [False] * (5 - start) + [True]
 
 
 @pytest.mark.parametrize("options", [{}, WORKERS], ids=["main process", "workers"])
@@ -348,9 +418,9 @@ class StreamWithLength(Stream):
         return 9
 
 
-@pytest.mark.parametrize("dataset", [Stream(), StreamWithLength(), iter([1, 2])])
+@pytest.mark.parametrize("dataset", [{1, 2}, iter([1, 2])], ids=["set", "iterator"])
 def test_dataset_without_positions_is_refused(dataset: Any) -> None:
-    with pytest.raises(UsageError, match="map-style"):
+    with pytest.raises(UsageError, match="a length and an index"):
         make(dataset=dataset)
 
 

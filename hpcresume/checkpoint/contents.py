@@ -17,9 +17,16 @@ from typing import Any
 import torch
 
 from hpcresume import files
-from hpcresume.checkpoint import reader, writer
-from hpcresume.checkpoint.manifest import Committed, FileEntry
-from hpcresume.checkpoint.tensors import Split, join, plain_state, split
+from hpcresume.checkpoint import reader, rng, writer
+from hpcresume.checkpoint.manifest import Committed, FileEntry, hash_stream
+from hpcresume.checkpoint.tensors import (
+    Split,
+    extra_states,
+    fleeting_buffers,
+    join,
+    plain_state,
+    split,
+)
 from hpcresume.errors import CheckpointError, UsageError
 
 STATE = "state.json"
@@ -28,6 +35,8 @@ _RESERVED = frozenset({"state", "rng", "manifest", "trainer_state", "training_ar
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,60}")
 #: transformers wants to know for which framework a file was written.
 _METADATA = {"format": "pt"}
+#: What a file of buffers that no state dict holds is called after the module's name.
+_BUFFERS = ".buffers"
 
 
 class Contents:
@@ -35,23 +44,40 @@ class Contents:
 
     def __init__(self) -> None:
         self._objects: dict[str, Any] = {}
+        self._begun_with: dict[str, Any] = {}
+        """JSON values as the code gave them."""
+        self._buffers: dict[str, dict[str, Any]] = {}
+        """Digests of fleeting buffers as the code made them, by module and name."""
+        self.generators: dict[str, Any] = {}
+        """Random number generators, which each rank has of its own."""
 
     def add(self, name: str, value: Any) -> None:
         """Register an object. Raises UsageError for a name or a thing that cannot be saved."""
         if not _NAME.fullmatch(name) or name in _RESERVED:
             raise UsageError(f"'{name}' cannot be registered: choose another name.")
-        if name in self._objects:
+        if name in self._objects or name in self.generators:
             raise UsageError(f"'{name}' is registered already.")
+        if rng.is_generator(value):
+            self.generators[name] = value
+            return
         if not (_is_stateful(value) or _is_tokenizer(value) or _is_json(value)):
             raise UsageError(
                 f"'{name}' cannot be registered: a {type(value).__name__} has no state_dict() and "
-                f"load_state_dict(), is no tokenizer and no JSON value."
+                f"load_state_dict(), is no tokenizer, no random generator and no JSON value."
             )
         self._objects[name] = value
+        if isinstance(value, torch.nn.Module):
+            self._buffers[name] = {k: _digest(t) for k, t in _fleeting(name, value).items()}
+        elif not (_is_stateful(value) or _is_tokenizer(value)):
+            self._begun_with[name] = _as_json(value)
 
     def names(self) -> list[str]:
-        """What is registered, in order."""
+        """What is registered, in order, but for generators."""
         return list(self._objects)
+
+    def items(self) -> list[tuple[str, Any]]:
+        """The registered objects by name, in order."""
+        return list(self._objects.items())
 
     def payload_bytes(self) -> int:
         """Size of the tensors that a save would write now."""
@@ -63,9 +89,12 @@ class Contents:
         return total
 
     def write(
-        self, directory: Path, progress: Mapping[str, Any], rng: Sequence[Any]
+        self, directory: Path, progress: Mapping[str, Any], states: Sequence[Any]
     ) -> list[FileEntry]:
-        """Write everything into an empty directory, fsynced. Raises OSError."""
+        """Write everything into an empty directory, fsynced. Raises OSError.
+
+        `states` are the random states of all ranks.
+        """
         entries: list[FileEntry] = []
         objects: dict[str, Any] = {}
         for name, value in self._objects.items():
@@ -75,9 +104,13 @@ class Contents:
                 if state.tensors:
                     path = directory / f"{name}.safetensors"
                     entries.append(writer.write_safetensors(path, state.tensors, _METADATA))
+                moved = self._moved_buffers(name, value)
+                if moved:
+                    path = directory / f"{name}{_BUFFERS}.safetensors"
+                    entries.append(writer.write_safetensors(path, moved, _METADATA))
             elif not _is_tokenizer(value):
                 entries.append(writer.write_json(directory / f"{name}.json", value))
-        entries.append(writer.write_json(directory / RNG, list(rng)))
+        entries.append(writer.write_json(directory / RNG, list(states)))
         entries.append(
             writer.write_json(
                 directory / STATE,
@@ -85,6 +118,11 @@ class Contents:
                     "progress": dict(progress),
                     "objects": objects,
                     "values": [name for name in self._objects if name not in objects],
+                    "moved": [
+                        name
+                        for name, begun in self._begun_with.items()
+                        if not reader.same_tree(begun, _as_json(self._objects[name]))
+                    ],
                 },
             )
         )
@@ -98,6 +136,8 @@ class Contents:
 
         Raises CheckpointError where it does not fit, or did not arrive.
         """
+        if name in self.generators:
+            return []
         value = self._objects[name]
         if _is_stateful(value):
             saved = state["objects"].get(name)
@@ -108,6 +148,7 @@ class Contents:
                     f"was begun with, or begin a new run."
                 )
             _load(name, value, committed, saved)
+            _load_buffers(name, value, committed)
             reader.check_arrived(committed, name, _take(name, value), saved["tree"], _METADATA)
         elif not _is_tokenizer(value):
             file = f"{name}.json"
@@ -116,15 +157,34 @@ class Contents:
                     f"checkpoint-{committed.step} holds no '{name}': register what the run was "
                     f"begun with, or begin a new run."
                 )
-            was = files.read_json(committed.path / file)
-            if not reader.same_tree(was, _as_json(value)):
-                changed = f"'{name}' is not what checkpoint-{committed.step} was trained with"
-                if isinstance(value, dict):
-                    value.clear()
-                    value.update(was)
-                    return [f"{changed}; the checkpoint's values are used."]
-                return [f"{changed}; the value of the code is kept."]
+            return self._restore_value(name, files.read_json(committed.path / file), state)
         return []
+
+    def _restore_value(self, name: str, was: Any, state: Mapping[str, Any]) -> list[str]:
+        """Give a registered JSON value what the checkpoint holds; a sentence where it is told."""
+        value = self._objects[name]
+        if reader.same_tree(was, _as_json(value)):
+            return []
+        changed = f"'{name}' is not what the run was trained with"
+        if isinstance(value, dict):
+            value.clear()
+            value.update(was)
+        elif isinstance(value, list):
+            value[:] = was
+        else:
+            return [f"{changed}; the value of the code is kept"]
+        if name in state.get("moved", ()):
+            # Training itself had changed it: a state, not a setting.
+            return []
+        self._begun_with[name] = was
+        return [f"{changed}; the checkpoint's values are used"]
+
+    def _moved_buffers(self, name: str, value: Any) -> dict[str, torch.Tensor]:
+        """The fleeting buffers that are not as the code makes them."""
+        if not isinstance(value, torch.nn.Module):
+            return {}
+        made = self._buffers[name]
+        return {k: t for k, t in _fleeting(name, value).items() if made.get(k) != _digest(t)}
 
     def model_files(self, committed: Committed) -> list[str]:
         """The files that make up the finished model: weights, configs, tokenizer."""
@@ -133,6 +193,7 @@ class Contents:
         stateful = {f"{n}.safetensors" for n, v in self._objects.items() if _is_stateful(v)}
         ours = {STATE, RNG, "trainer_state.json", "training_args.json"}
         names = [entry.name for entry in committed.manifest.files]
+        ours |= {f"{n}{_BUFFERS}.safetensors" for n in self._objects}
         return [n for n in names if n in kept or (n not in stateful and n not in ours)]
 
 
@@ -160,8 +221,38 @@ def _write_tokenizer(name: str, tokenizer: Any, directory: Path) -> list[FileEnt
 
 def _take(name: str, value: Any) -> Split:
     if isinstance(value, torch.nn.Module):
-        return split(plain_state(value, name), name)
+        extra = {key: part.get_extra_state() for key, part in extra_states(value, name).items()}
+        return split({**plain_state(value, name), **extra}, name)
     return split(value.state_dict(), name)
+
+
+def _fleeting(name: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        key: getattr(part, buffer) for key, (part, buffer) in fleeting_buffers(module, name).items()
+    }
+
+
+def _digest(tensor: torch.Tensor) -> Any:
+    return hash_stream(writer.stream({"x": tensor}, {}))
+
+
+def _load_buffers(name: str, value: Any, committed: Committed) -> None:
+    """Put back the buffers that the module's own state dict leaves out."""
+    file = f"{name}{_BUFFERS}.safetensors"
+    if all(entry.name != file for entry in committed.manifest.files):
+        return
+    places = fleeting_buffers(value, name)
+    for key, saved in reader.read_safetensors(committed.path / file).items():
+        if key not in places:
+            raise CheckpointError(f"'{name}' has no buffer '{key}', which the checkpoint holds.")
+        part, buffer = places[key]
+        live = getattr(part, buffer)
+        if live.shape == saved.shape and live.dtype == saved.dtype:
+            with torch.no_grad():
+                live.copy_(saved)
+        else:
+            # A cache that has grown.
+            setattr(part, buffer, saved.clone().to(live.device))
 
 
 def _load(name: str, value: Any, committed: Committed, saved: Mapping[str, Any]) -> None:
@@ -170,8 +261,17 @@ def _load(name: str, value: Any, committed: Committed, saved: Mapping[str, Any])
     tensors = reader.read_safetensors(committed.path / file) if present else {}
     aliases = saved["aliases"]
     if isinstance(value, torch.nn.Module):
+        extra = extra_states(value, name)
         full = {**tensors, **{alias: tensors[target] for alias, target in aliases.items()}}
-        reader.copy_into(plain_state(value, name), full, name)
+        named = {
+            key: tensor
+            for key, tensor in full.items()
+            if not any(key == e or key.startswith(f"{e}.") for e in extra)
+        }
+        reader.copy_into(plain_state(value, name), named, name)
+        for key, part in extra.items():
+            copies = {k: t.clone() for k, t in tensors.items() if k.startswith(key)}
+            part.set_extra_state(join(saved["tree"][key], copies, aliases))
         return
     # Copies: what is read is mapped memory of a file that retention will remove.
     state = join(saved["tree"], {key: tensor.clone() for key, tensor in tensors.items()}, aliases)

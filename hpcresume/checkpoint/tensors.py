@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,8 @@ from hpcresume.errors import CheckpointError
 
 #: What wrappers (torch.compile, DDP, FSDP) put into names, at any depth.
 _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module"})
+#: torch's name for what a module's get_extra_state() returns.
+_EXTRA = "_extra_state"
 
 
 @dataclass(frozen=True)
@@ -138,14 +140,46 @@ def plain_name(name: str) -> str:
 
 def plain_state(module: torch.nn.Module, what: str) -> dict[str, torch.Tensor]:
     """The live tensors of a module under plain names. Two of one name are an error."""
-    plain: dict[str, torch.Tensor] = {}
-    for name, value in module.state_dict(keep_vars=True).items():
-        if not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"'{what}.{name}' is no tensor: extra state is not supported.")
+    state = module.state_dict(keep_vars=True)
+    found = {}
+    for name, value in _plainly(state, what).items():
+        if isinstance(value, torch.Tensor) and not name.endswith(_EXTRA):
+            found[name] = value.detach()
+    return found
+
+
+def extra_states(module: torch.nn.Module, what: str) -> dict[str, torch.nn.Module]:
+    """The submodules that have an extra state, by its plain name in a state dict."""
+    own = torch.nn.Module.get_extra_state
+    named = {
+        f"{name}.{_EXTRA}" if name else _EXTRA: part
+        for name, part in module.named_modules()
+        if type(part).get_extra_state is not own
+    }
+    return _plainly(named, what)
+
+
+def fleeting_buffers(module: torch.nn.Module, what: str) -> dict[str, tuple[torch.nn.Module, str]]:
+    """Where the buffers are that a state dict leaves out (persistent=False), by plain name."""
+    named = {
+        f"{name}.{buffer}" if name else buffer: (part, buffer)
+        for name, part in module.named_modules()
+        for buffer in sorted(part._non_persistent_buffers_set)
+        if part._buffers.get(buffer) is not None
+    }
+    return _plainly(named, what)
+
+
+_Value = TypeVar("_Value")
+
+
+def _plainly(named: Mapping[str, _Value], what: str) -> dict[str, _Value]:
+    plain: dict[str, _Value] = {}
+    for name, value in named.items():
         short = plain_name(name)
         if short in plain:
             raise CheckpointError(
                 f"'{what}' has two tensors named '{short}' once wrappers are off."
             )
-        plain[short] = value.detach()
+        plain[short] = value
     return plain

@@ -15,7 +15,7 @@ from pathlib import Path
 from hpcresume.display.terminal import forgive
 
 #: Module names as people know them.
-_WORDS = {"session": "train", "store": "checkpoint", "record": "train"}
+_WORDS = {"session": "train", "saving": "checkpoint", "store": "checkpoint", "record": "train"}
 
 
 class LineFormatter(logging.Formatter):

@@ -30,24 +30,38 @@ class MetricLog:
 
     def __init__(self, link: LinkDir | None) -> None:
         self._lines = None if link is None else files.LineWriter(link.metrics)
-        self._step: dict[str, list[Any]] = {}
-        self._waiting: list[tuple[int, int, dict[str, list[Any]]]] = []
+        self._step: dict[str, Any] = {}
+        self._waiting: list[tuple[int, int, dict[str, Any]]] = []
         self.latest: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
+        """The lines at the last saves, bounded."""
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Log values for the step in progress."""
         if self._lines is None:
             return
+        step = self._step
         for name, value in values.items():
             if name in _OWN:
                 raise UsageError(f"session.log({name}=…): {name} is logged without asking.")
-            self._step.setdefault(name, []).append(_kept(name, value))
+            kept = value if type(value) is float else _kept(name, value)
+            if name not in step:
+                step[name] = kept
+            elif type(step[name]) is _Several:
+                step[name].append(kept)
+            else:
+                step[name] = _Several((step[name], kept))
 
     def end_step(self, step: int, epoch: int) -> None:
         """The step is over; what was logged belongs to it."""
         if self._step:
             self._waiting.append((step, epoch, self._step))
             self._step = {}
+
+    def remember(self) -> None:
+        """Take the latest line into the history, if it is not there."""
+        if self.latest and (not self.history or self.history[-1]["step"] != self.latest["step"]):
+            self.history = [*self.history, self.latest][-_HISTORY:]
 
     def flush(self) -> None:
         """Write what waits; the latest line is in `latest` then.
@@ -82,7 +96,12 @@ class MetricLog:
             self._lines.close()
 
 
-def _mean(values: list[Any]) -> Any:
+class _Several(list[Any]):
+    """The values of one name in one step; a list that was logged is a plain one."""
+
+
+def _mean(value: Any) -> Any:
+    values = value if type(value) is _Several else [value]
     numbers = [_number(value) for value in values]
     if len(numbers) == 1 or not all(isinstance(n, (int, float)) for n in numbers):
         return numbers[-1]

@@ -1,0 +1,47 @@
+"""Whether this rank must end its link: signals, the deadline, requests in files."""
+
+from __future__ import annotations
+
+import contextlib
+
+from hpcresume.training.berth import Berth
+
+#: Between two looks at the clock and at files, in seconds.
+_LOOK_S = 0.5
+
+
+class StopWatch:
+    """Asked at each step boundary, so that it looks at files and the clock only now and then."""
+
+    def __init__(self, berth: Berth) -> None:
+        self._berth = berth
+        self._next_look = 0.0
+
+    def why(self, now: float) -> str | None:
+        """The reason to stop, or None. `now` is the monotonic clock's time in seconds."""
+        if self._berth.flags.any:
+            signal = self._berth.flags.stop_asked()
+            if signal is not None:
+                return signal
+        if now < self._next_look:
+            return None
+        self._next_look = now + _LOOK_S
+        return self.look()
+
+    def look(self) -> str | None:
+        """The reason to stop, or None, without sparing."""
+        berth = self._berth
+        signal = berth.flags.stop_asked()
+        if signal is not None:
+            return signal
+        if berth.clock.due():
+            return f"deadline: {berth.clock.remaining_s() or 0:.0f} s left"
+        if berth.orphaned():
+            return "the supervisor is gone"
+        for path in (berth.link.stop, berth.run.stop, berth.run.cancel):
+            with contextlib.suppress(OSError):
+                text = path.read_text(errors="replace").strip()
+                if path == berth.link.stop:
+                    return text or path.name
+                return path.name if path == berth.run.cancel or not text else f"STOP: {text}"
+        return None
