@@ -27,10 +27,12 @@ from hpcresume.errors import Fenced, RunLive, SubmissionRejected, Unavailable
 from hpcresume.history import gather, past_link, past_links
 from hpcresume.journal import Journal, LinkRecords
 from hpcresume.run_dir import LinkDir, RunDir
-from hpcresume.scheduler import step
+from hpcresume.scheduler import hardware, step
 from hpcresume.scheduler.choice import scheduler_of
 from hpcresume.scheduler.environment import Allocation, allocation
+from hpcresume.scheduler.hardware import Hardware
 from hpcresume.scheduler.job import JobInfo, JobSpec, JobState, Scheduler
+from hpcresume.scheduler.slurm import SlurmScheduler
 from hpcresume.signals import SignalFlags, listen
 from hpcresume.story import (
     Story,
@@ -126,11 +128,42 @@ def job_spec(
         signal_s=signal_s,
         begin_delay_s=delay_s,
         exclude_nodes=tuple(exclude),
+        hardware=_pinned_to(run, config),
         allow_requeue=config.chain.mode == "requeue",
         environment={**environment, "HPCRESUME_RUN": str(run.path)},
         script=run.script if run.script.exists() else None,
         script_options=tuple(options or ()),
     )
+
+
+def _pinned_to(run: RunDir, config: RunConfig) -> Hardware:
+    known = hardware.frozen(run) if config.scheduler.pin_hardware else None
+    return known or Hardware()
+
+
+def pin_hardware(run: RunDir, config: RunConfig, scheduler: Scheduler) -> None:
+    """Freeze the kind of the first link's nodes, which every later job asks for (Slurm only)."""
+    if not config.scheduler.pin_hardware or hardware.frozen(run) is not None:
+        return
+    claims = (files.read_json_or_none(run.link(number).claim) for number in run.link_numbers())
+    nodes = next((claim["nodes"] for claim in claims if claim and claim.get("nodes")), "")
+    if not nodes or not isinstance(scheduler, SlurmScheduler):
+        return
+    try:
+        found = scheduler.hardware_of(nodes)
+    except Unavailable as error:
+        log.warning("the next job may run on other hardware than the first link: %s", error)
+        return
+    hardware.freeze(run, found)
+    if found.features:
+        log.info("later jobs ask for nodes like %s: %s", nodes, found.words())
+    else:
+        log.warning(
+            "this node has no features that could be asked for; later jobs may run on other "
+            "hardware than %s (scheduler.pin_hardware)%s",
+            nodes,
+            f", but on {found.words()}" if found.gpu_type else "",
+        )
 
 
 def supervise(run: RunDir, environ: Mapping[str, str]) -> LinkOutcome:
@@ -378,6 +411,7 @@ class _Supervisor:
 
     def _submit(self, after: Sequence[str], decision: Decision | None = None) -> str:
         assert self.scheduler is not None and self.journal is not None
+        pin_hardware(self.run, self.config, self.scheduler)
         spec = job_spec(
             self.run,
             self.config,

@@ -4,6 +4,7 @@ run.yaml                 the resolved configuration, frozen at submit
 run.json                 identity: name, id, when and where it was made, code and versions
 environment              the environment for nested submissions (0600, never shown)
 script.sbatch, .json     a user's own batch script and its job's real options, where there is one
+hardware.json            the kind of node that later jobs ask for, where the run is pinned to one
 code/                    the code at submit
 submissions.jsonl        what `submit`, `resume` and `cancel` did
 trainer_state.json       the newest checkpoint's state plus live progress
@@ -128,6 +129,11 @@ class RunDir:
     def script_options(self) -> Path:
         """The real sbatch options of that first job."""
         return self.path / "script.json"
+
+    @property
+    def hardware(self) -> Path:
+        """The kind of node that the run is pinned to."""
+        return self.path / "hardware.json"
 
     @property
     def code(self) -> Path:

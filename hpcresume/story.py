@@ -8,7 +8,7 @@ from __future__ import annotations
 import getpass
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +44,13 @@ class Story:
     @property
     def after_link(self) -> int:
         """Links up to this number were ended by an earlier submission; their stops are settled."""
-        numbers = [
-            int(r.get("after_link", 0)) for r in self.submissions if r["kind"] == "submitted"
-        ]
-        return max(numbers, default=0)
+        submitted = [r for r in self.submissions if r["kind"] == "submitted"]
+        return max(_newest_link(submitted), self.reopened_after)
+
+    @property
+    def reopened_after(self) -> int:
+        """Completions of links up to this number count no more: the run was made longer since."""
+        return _newest_link([r for r in self.submissions if r.get("reopened") is True])
 
     @property
     def newest(self) -> LinkRecords | None:
@@ -56,8 +59,14 @@ class Story:
 
     @property
     def completed(self) -> bool:
-        """Whether training is complete: recorded by the newest link that trained."""
+        """Whether training is complete: recorded by the newest link that trained.
+
+        The one answer for everybody. A link's own `completed` record tells how that link ended,
+        and stays true when the run is made longer; this does not.
+        """
         for link in reversed(self.links):
+            if link.number <= self.reopened_after:
+                return False
             if link.last("completed"):
                 return self.run.final_model.is_dir()
             if link.last("restored"):
@@ -90,6 +99,11 @@ class Story:
         A link that fell back to an older checkpoint begins below what was known before it.
         """
         return known_step([other for other in self.links if other.number <= link.number])
+
+
+def _newest_link(records: Sequence[Record]) -> int:
+    """The newest link that there was when one of these was recorded."""
+    return max((int(r.get("after_link", 0)) for r in records), default=0)
 
 
 def read_story(run: RunDir) -> Story:

@@ -7,6 +7,7 @@ frozen: the configuration, the code, the environment of submissions, the version
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import shutil
 import sys
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcresume import files
+from hpcresume.checkpoint.manifest import Committed
 from hpcresume.checkpoint.store import Store
 from hpcresume.config import (
     RunConfig,
@@ -30,7 +32,7 @@ from hpcresume.config import (
 )
 from hpcresume.errors import CheckpointError, ConfigError, RunLive, UsageError
 from hpcresume.journal import Journal, known_step, lineage
-from hpcresume.link import Link, LinkOutcome, exiting_link, job_spec
+from hpcresume.link import Link, LinkOutcome, exiting_link, job_spec, pin_hardware
 from hpcresume.run_dir import RunDir, is_run
 from hpcresume.scheduler import process
 from hpcresume.scheduler.choice import asking_scheduler, chosen_cluster, scheduler_of
@@ -43,6 +45,12 @@ CODE_BYTES = 64 << 20
 CODE_FILE_BYTES = 8 << 20
 _NOT_CODE = frozenset({"__pycache__", "node_modules", "runs", "venv", "env", "site-packages"})
 _FIRST_LEAD_S = 30.0
+
+#: What `resume --set` takes without "override.": the numbers that torch's optimizers hold.
+OPTIMIZER_OPTIONS = frozenset(
+    {"lr", "weight_decay", "momentum", "dampening", "eps", "alpha", "rho", "lambd", "t0"}
+    | {"lr_decay", "momentum_decay", "beta2_decay"}
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ def read_config(
     config = load(path, sets=sets, options=options, environ=environ)
     try:
         check_complete(config)
+        check_ways(config)
     except ConfigError as error:
         where = "command line" if path is None else path
         lines = (f"{where}: {line}" for line in str(error).splitlines())
@@ -74,6 +83,23 @@ def read_config(
         name = path.stem if path is not None else config.train.rpartition(":")[0].rpartition("/")[2]
         config = from_mapping({**to_mapping(config), "name": name.removesuffix(".py")}, "the name")
     return config
+
+
+def check_ways(config: RunConfig) -> None:
+    """Raise ConfigError where two settings cannot be had together."""
+    if not config.scheduler.pin_hardware:
+        return
+    if "*" in (config.scheduler.constraint or ""):
+        raise ConfigError(
+            f"scheduler.pin_hardware cannot be had with scheduler.constraint "
+            f"{config.scheduler.constraint}: Slurm adds nothing to a constraint that counts nodes. "
+            f"Leave one of them out."
+        )
+    if config.chain.mode == "requeue":
+        raise ConfigError(
+            "scheduler.pin_hardware has no effect with chain.mode requeue, which starts the same "
+            "job again as it was: choose another mode, or leave pin_hardware out."
+        )
 
 
 # ---- a new run ---------------------------------------------------------------------------
@@ -286,6 +312,7 @@ def launch(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> Submis
         return Submission(run, config, None, None)
     clean = process.scrubbed(environ)
     scheduler = scheduler_of(run, cluster, clean, config.scheduler, exiting_link)
+    pin_hardware(run, config, scheduler)
     spec = first_spec(run, config)
     # Recorded first: a job that starts at once must find itself submitted.
     _record(run, spec.token, None)
@@ -306,20 +333,23 @@ def ready_to_resume(
 ) -> RunConfig:
     """Make a run that rests (stopped, failed, cancelled, stalled) ready for its next job.
 
-    Values in `sets` act from here on, and are journalled. Raises RunLive, CheckpointError,
-    UsageError where the run is complete.
+    Values in `sets` act from here on, and are journalled. A complete run goes on where they raise
+    its end. Raises RunLive, CheckpointError, ConfigError, and UsageError where the run is complete
+    or the new end lies below what is trained.
     """
     run.check_private()
-    config = read_frozen(run.config)
+    frozen = read_frozen(run.config)
     where = live_jobs(run, environ, me)
     if where:
         raise RunLive(f"{run.name} is live: {where}. `hpcresume status` shows it.")
     story = read_story(run)
-    if story.completed:
-        raise UsageError(f"{run.name} is complete: {run.final_model}.")
+    config = _with_sets(run, frozen, sets) if sets else frozen
+    if story.completed and not _is_longer(frozen, config):
+        raise UsageError(f"{run.name} is complete: {run.final_model}. {_how_longer(run, frozen)}")
     check_checkpoints(story)
-    if sets:
-        config = _change(run, config, sets, environ)
+    if config != frozen:
+        _check_end(story, frozen, config)
+        _record_change(story, frozen, config, environ)
     scheduler = asking_scheduler(run, environ)
     if scheduler is not None:
         # Their driver was killed. The new one must not start them besides the new job.
@@ -341,23 +371,92 @@ def check_checkpoints(story: Story) -> None:
         )
 
 
-def _change(
-    run: RunDir, config: RunConfig, sets: Sequence[str], environ: Mapping[str, str]
-) -> RunConfig:
-    changed = load(run.config, sets=sets, options={}, environ={"HPCRESUME_SITE": os.devnull})
-    check_complete(changed)
-    lines = difference(config, changed)
-    if changed.name != config.name or changed.train != config.train:
+def _with_sets(run: RunDir, frozen: RunConfig, sets: Sequence[str]) -> RunConfig:
+    """A run's configuration with the values of `resume --set` in it."""
+    here = {"HPCRESUME_SITE": os.devnull}
+    config = load(run.config, sets=[*map(_with_override, sets)], options={}, environ=here)
+    check_complete(config)
+    check_ways(config)
+    if config.name != frozen.name or config.train != frozen.train:
         raise UsageError("name and train belong to the run: begin a new one to change them.")
-    if changed.scheduler.cluster != config.scheduler.cluster:
-        identity = {**run.identify(), "cluster": chosen_cluster(changed.scheduler.cluster, environ)}
+    return config
+
+
+def _with_override(assignment: str) -> str:
+    """`lr=0.01`, said for short, as the setting that it means: `override.lr=0.01`."""
+    key = assignment.partition("=")[0].strip()
+    return f"override.{assignment.strip()}" if key in OPTIMIZER_OPTIONS else assignment
+
+
+def _is_longer(old: RunConfig, new: RunConfig) -> bool:
+    """Whether one of the limits that end a training is raised, or taken away."""
+    limits = ((old.max_steps, new.max_steps), (old.epochs, new.epochs))
+    return any(a is not None and (b is None or b > a) for a, b in limits)
+
+
+def _how_longer(run: RunDir, config: RunConfig) -> str:
+    limits = {"epochs": config.epochs, "max_steps": config.max_steps}
+    known = {name: limit for name, limit in limits.items() if limit is not None}
+    above = " or ".join(f"{name} above {limit}" for name, limit in known.items())
+    command = f"hpcresume resume {run.name} --set {next(iter(known))}=N"
+    return f"To train it longer, raise {above}: {command}."
+
+
+def _check_end(story: Story, old: RunConfig, new: RunConfig) -> None:
+    """Raise UsageError where the newest checkpoint lies beyond a limit that was changed.
+
+    Of a complete run it must lie below all limits: otherwise nothing is left to train.
+    """
+    run = story.run
+    committed = Store(run, story.run_id).committed(lineage(run, story.links))
+    if not committed:
+        return
+    last = committed[-1]
+    trained = (("max_steps", "step", last.step), ("epochs", "epoch", _epochs(run, last)))
+    for name, word, done in trained:
+        limit = getattr(new, name)
+        if limit is None:
+            continue
+        if limit < done and limit != getattr(old, name):
+            raise UsageError(
+                f"{name}={limit} lies below {word} {done:g}, which {run.name} has saved already: "
+                f"name at least {math.ceil(done)}, or begin a new run."
+            )
+        if limit <= done and story.completed:
+            raise UsageError(
+                f"{run.name} is complete: {run.final_model}. It stands at {word} {done:g}, and "
+                f"{name}={limit} lets it go no further: raise that as well."
+            )
+
+
+def _epochs(run: RunDir, last: Committed) -> float:
+    """How many passes over the data a checkpoint has behind it, a part of one included."""
+    state = files.read_json_or_none(last.path / run.trainer_state.name)
+    epochs = state.get("epoch") if isinstance(state, dict) else None
+    return epochs if isinstance(epochs, float) else float(last.manifest.epoch)
+
+
+def _record_change(
+    story: Story, old: RunConfig, new: RunConfig, environ: Mapping[str, str]
+) -> None:
+    """Journal a change and let it act. A run that was complete is not any more.
+
+    Journalled first: where this is cut half-way, the same command can be given again.
+    """
+    run = story.run
+    reopened = {"reopened": True} if story.completed else {}
+    journal = Journal(run.submissions, link=0, job=None)
+    changes = difference(old, new)
+    after = run.newest_link()
+    journal.write("changed", by=user_name(), changes=changes, after_link=after, **reopened)
+    journal.close()
+    state = files.read_json_or_none(run.trainer_state)
+    if reopened and isinstance(state, dict):
+        files.write_json(run.trainer_state, {**state, "completed": False})
+    if new.scheduler.cluster != old.scheduler.cluster:
+        identity = {**run.identify(), "cluster": chosen_cluster(new.scheduler.cluster, environ)}
         files.write_json(run.identity, identity)
-    if lines:
-        files.write_durably(run.config, dump(changed).encode())
-        journal = Journal(run.submissions, link=0, job=None)
-        journal.write("changed", by=user_name(), changes=lines)
-        journal.close()
-    return changed
+    files.write_durably(run.config, dump(new).encode())
 
 
 def run_debug(run: RunDir) -> LinkOutcome:

@@ -83,7 +83,7 @@ def fingerprint(run: RunDir) -> dict[str, Any]:
         for name in ("model.safetensors", "optimizer.safetensors", "rng.json")
     }
     progress = json.loads((last / "state.json").read_text())["progress"]
-    for name in ("train_seconds", "lineage", "history"):
+    for name in ("train_seconds", "lineage", "history", "machines"):
         progress.pop(name)
     found["progress"] = progress
     found["objects"] = json.loads((last / "state.json").read_text())["objects"]

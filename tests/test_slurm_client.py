@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_run import add_link, make_run
 
-from hpcresume.config import SchedulerConfig
-from hpcresume.errors import SubmissionRejected, Unavailable
-from hpcresume.scheduler import slurm, slurm_clients
+from hpcresume.config import RunConfig, SchedulerConfig, from_mapping
+from hpcresume.errors import ConfigError, SubmissionRejected, Unavailable
+from hpcresume.link import job_spec, pin_hardware
+from hpcresume.run_dir import RunDir
+from hpcresume.scheduler import hardware, slurm, slurm_clients
+from hpcresume.scheduler.hardware import Hardware
 from hpcresume.scheduler.job import JobSpec, JobState
+from hpcresume.scheduler.local import LocalScheduler
 from hpcresume.scheduler.process import available
 from hpcresume.scheduler.slurm import SlurmScheduler
+from hpcresume.submit import check_ways
 
 REFUSED = "sbatch: error: Batch job submission failed: Invalid partition name specified"
 TIMED_OUT = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
@@ -588,3 +594,222 @@ def test_a_machine_can_submit_where_sbatch_is_on_the_path(cluster: Cluster) -> N
     assert not available("sbatch", {"PATH": str(cluster.bin)})
     cluster.program("sbatch", "exit 0")
     assert available("sbatch", {"PATH": str(cluster.bin)})
+
+
+def test_nodes_are_excluded_only_where_enough_others_have_the_jobs_features(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    waiting = WAITING.replace("ExcNodeList", "Features=ib&a100 DelayBoot=0\\n ExcNodeList")
+    nodes = [node("n1", "ib,a100"), node("n2", "ib"), node("n3", "ib,a100"), node("n4", "a100,ib")]
+    cluster.answers("scontrol", waiting, show(*nodes), ":")
+    scheduler(cluster).update("9", exclude_nodes=["n3"])
+    assert "n1,n3 again" in caplog.text
+    assert len(cluster.calls("scontrol")) == 2
+    cluster.answers("scontrol", *[":"] * 2, waiting, show(*nodes, node("n5", "a100,ib")), ":")
+    scheduler(cluster).update("9", exclude_nodes=["n3"])
+    assert cluster.calls("scontrol")[-1] == ["update", "JobId=9", "ExcNodeList=n1,n3"]
+
+
+# ---- the kind of node that a run is pinned to
+
+
+def node(name: str, features: str, gres: str = "(null)") -> str:
+    """A node as `scontrol show node` describes it, with what people wrote at its end."""
+    return (
+        f"NodeName={name} Arch=x86_64 CoresPerSocket=1\n"
+        f"   CPUAlloc=0 CPUEfctv=4 CPUTot=4 CPULoad=0.16\n"
+        f"   AvailableFeatures={features},sleeping\n"
+        f"   ActiveFeatures={features}\n"
+        f"   Gres={gres}\n"
+        f"   OS=Linux 6.18 #1 SMP PREEMPT_DYNAMIC @0\n"
+        f"   State=IDLE ThreadsPerCore=1 TmpDisk=0 Weight=1 Owner=N/A MCS_label=N/A\n"
+        f"   Partitions=p,q\n"
+        f"   Reason=no Gres=gpu:h100:8 ActiveFeatures=broken [root@now]\n\n"
+    )
+
+
+def show(*nodes: str) -> str:
+    return f"cat <<'END'\n{''.join(nodes)}END\n"
+
+
+@pytest.mark.parametrize(
+    ("features", "gres", "names", "gpu_type"),
+    [
+        ("", "(null)", (), ""),
+        ("(null)", "gpu:2", (), ""),
+        ("ib,a100", "gpu:a100:4(S:0-1)", ("ib", "a100"), "a100"),
+        ("x-1.2", "nic:1,gpu:a100_1g.5gb:7(S:0,2-3)", ("x-1.2",), "a100_1g.5gb"),
+        ("ib", "gpu:a100:2(S:0),gpu:v100:2(S:1)", ("ib",), ""),
+        ("ib", "gpu:a100:2,gpu:2", ("ib",), ""),
+        ("ib", "gpu:a100:2(S:0),gpu:a100:2(S:1),mps:200", ("ib",), "a100"),
+    ],
+)
+def test_a_nodes_kind_is_its_active_features_and_its_one_type_of_gpu(
+    cluster: Cluster, features: str, gres: str, names: tuple[str, ...], gpu_type: str
+) -> None:
+    cluster.program("scontrol", show(node("n1", features, gres)))
+    assert scheduler(cluster).hardware_of("n1") == Hardware(features=names, gpu_type=gpu_type)
+    assert cluster.calls("scontrol") == [["show", "node", "n1"]]
+
+
+def test_several_nodes_are_of_the_kind_that_they_have_in_common(cluster: Cluster) -> None:
+    one, two = node("n1", "ib,old,a100", "gpu:a100:4"), node("n2", "a100,ib,new", "gpu:v100:4")
+    cluster.program("scontrol", show(one, two))
+    assert scheduler(cluster).hardware_of("n[1-2]") == Hardware(features=("ib", "a100"))
+
+
+def test_nodes_that_slurm_does_not_know_have_no_kind(cluster: Cluster) -> None:
+    cluster.program("scontrol", "echo 'Node n1 not found'; exit 1")
+    with pytest.raises(Unavailable, match="Slurm does not describe n1: Node n1 not found"):
+        scheduler(cluster).hardware_of("n1")
+
+
+@pytest.mark.parametrize(
+    ("own", "asked"),
+    [
+        (None, "ib&a100"),
+        ("linux", "linux&ib&a100"),
+        ("a100&ib", "a100&ib"),
+        ("a100,linux", "a100,linux&ib"),
+        ("ib|linux", "ib|linux&ib&a100"),
+        ("(ib&x)|y", "(ib&x)|y&ib&a100"),
+        ("[rack1|rack2]", "ib&a100&[rack1|rack2]"),
+        ("[x*1&y*1]", "[x*1&y*1]"),
+    ],
+)
+def test_a_pinned_job_asks_for_the_features_besides_those_of_the_user(
+    cluster: Cluster, own: str | None, asked: str
+) -> None:
+    kind = Hardware(features=("ib", "a100"))
+    assert f"--constraint={asked}" in script_options(cluster, kind, constraint=own)
+
+
+@pytest.mark.parametrize(
+    ("number", "asked"), [(2, "a100:2"), ("2", "a100:2"), ("v100:2", "v100:2"), (0, "0")]
+)
+def test_a_pinned_job_asks_for_the_type_of_gpu_where_it_wants_just_a_number(
+    cluster: Cluster, number: int | str, asked: str
+) -> None:
+    options = script_options(cluster, Hardware(gpu_type="a100"), gpus_per_node=number)
+    assert f"--gpus-per-node={asked}" in options
+
+
+def test_a_pinned_job_without_gpus_asks_for_none(cluster: Cluster) -> None:
+    kind = Hardware(features=("ib",), gpu_type="a100")
+    assert not [line for line in script_options(cluster, kind) if "a100" in line]
+
+
+def script_options(cluster: Cluster, kind: Hardware, **config: Any) -> list[str]:
+    """The options in the script of a job that is pinned to a kind of node."""
+    cluster.program("sbatch", "echo 1")
+    scheduler(cluster, **config).submit(spec(cluster, hardware=kind))
+    lines = cluster.folder.joinpath("job.sh").read_text().splitlines()
+    return [line.removeprefix("#SBATCH ").replace('"', "") for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("own", "asked"),
+    [
+        ("--constraint=fast", "--constraint=fast&ib"),
+        ("--gpus-per-node=2", "--gpus-per-node=a100:2"),
+        ("--gpus=8", "--gpus=a100:8"),
+        ("--gpus-per-task=v100:1", "--gpus-per-task=v100:1"),
+        ("--gres=gpu:2,shard:1", "--gres=gpu:a100:2,shard:1"),
+        ("--gres=gpu", "--gres=gpu:a100:1"),
+        ("--gres=gpu:v100:2", "--gres=gpu:v100:2"),
+        ("--exclusive", "--exclusive"),
+    ],
+)
+def test_a_users_own_script_is_pinned_on_the_command_line(
+    cluster: Cluster, own: str, asked: str
+) -> None:
+    cluster.program("sbatch", "echo 1")
+    script = cluster.folder / "train.sbatch"
+    kind = Hardware(features=("ib",), gpu_type="a100")
+    wanted = spec(cluster, script=script, script_options=("--mem=5", own), hardware=kind)
+    scheduler(cluster).submit(wanted)
+    arguments = cluster.calls("sbatch")[0]
+    assert asked in arguments
+    assert next(a for a in arguments if a.startswith("--constraint")).endswith("ib")
+    assert arguments[-1] == str(script)
+
+
+PINNED = from_mapping({"scheduler": {"pin_hardware": True}}, "test")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run of Slurm whose links ran on n1 and n2."""
+    made = make_run(tmp_path / "runs", cluster="slurm")
+    for nodes in ("n1", "n2"):
+        add_link(made, nodes=nodes)
+    return made
+
+
+def pinned_to(run: RunDir, config: RunConfig = PINNED) -> Hardware:
+    return job_spec(run, config, lead_s=30).hardware
+
+
+def test_the_first_links_kind_of_node_is_frozen_once(
+    cluster: Cluster, run: RunDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.program("scontrol", show(node("n1", "ib", "gpu:a100:4")))
+    assert pinned_to(run) == Hardware()
+    with caplog.at_level(logging.INFO):
+        pin_hardware(run, PINNED, scheduler(cluster))
+        pin_hardware(run, PINNED, scheduler(cluster))
+    assert cluster.calls("scontrol") == [["show", "node", "n1"]]
+    assert caplog.messages == ["later jobs ask for nodes like n1: features ib, GPUs of type a100"]
+    assert pinned_to(run) == Hardware(features=("ib",), gpu_type="a100")
+    assert pinned_to(run, RunConfig()) == Hardware(), "it is no longer wanted"
+    run.hardware.write_text("torn")
+    assert pinned_to(run) == Hardware()
+
+
+@pytest.mark.parametrize(("gres", "end"), [("(null)", "ware)"), ("gpu:a100:1", "of type a100")])
+def test_a_node_without_features_is_said_once(
+    cluster: Cluster, run: RunDir, caplog: pytest.LogCaptureFixture, gres: str, end: str
+) -> None:
+    cluster.program("scontrol", show(node("n1", "", gres)))
+    for _ in range(2):
+        pin_hardware(run, PINNED, scheduler(cluster))
+    (message,) = caplog.messages
+    assert message.startswith("this node has no features that could be asked for; later jobs may")
+    assert message.endswith(end)
+
+
+def test_a_controller_that_does_not_answer_is_asked_about_the_node_again(
+    cluster: Cluster, run: RunDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.answers("scontrol", refuse(NO_CONTROLLER), show(node("n1", "ib")))
+    pin_hardware(run, PINNED, scheduler(cluster))
+    assert "the next job may run on other hardware than the first link" in caplog.text
+    pin_hardware(run, PINNED, scheduler(cluster))
+    assert pinned_to(run) == Hardware(features=("ib",))
+
+
+def test_nothing_is_pinned_without_the_wish_or_a_link_or_a_slurm(
+    cluster: Cluster, run: RunDir, tmp_path: Path
+) -> None:
+    pin_hardware(run, RunConfig(), scheduler(cluster))
+    pin_hardware(run, PINNED, LocalScheduler(run, ["true"]))
+    pin_hardware(make_run(tmp_path, "new"), PINNED, scheduler(cluster))
+    assert cluster.calls("scontrol") == []
+    assert hardware.frozen(run) is None
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"chain": {"mode": "requeue"}}, "no effect with chain.mode requeue"),
+        ({"scheduler": {"constraint": "[a*1&b*1]"}}, r"constraint \[a\*1&b\*1\]: Slurm adds"),
+    ],
+    ids=["requeue", "counts"],
+)
+def test_pinning_is_refused_where_it_could_have_no_effect(
+    more: dict[str, Any], sentence: str
+) -> None:
+    check_ways(from_mapping(more, "test"))
+    scheduler_too = {"pin_hardware": True, **more.get("scheduler", {})}
+    with pytest.raises(ConfigError, match=sentence):
+        check_ways(from_mapping({**more, "scheduler": scheduler_too}, "test"))

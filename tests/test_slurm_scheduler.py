@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracle import hpcresume, project
 from slurm_cluster import SlurmCluster, wait_until
 
 from hpcresume.config import SchedulerConfig
 from hpcresume.errors import SubmissionRejected
+from hpcresume.journal import read_chain
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.environment import node_names
+from hpcresume.scheduler.hardware import Hardware
 from hpcresume.scheduler.job import JobInfo, JobSpec, JobState
 from hpcresume.scheduler.launcher import SubmititLauncher
 from hpcresume.scheduler.script import render
@@ -379,6 +382,70 @@ def test_the_next_job_of_a_users_script_is_the_same_as_the_first(
     assert (after["TRES"], after["MinMemoryNode"]) == (before["TRES"], "300M")
     assert set(node_names(after["ExcNodeList"])) == set(slurm.nodes[2:])
     assert after["Requeue"] == "0"
+
+
+# ---- pinned to a kind of node
+
+
+@pytest.fixture
+def kinds(slurm: SlurmCluster) -> Iterator[list[str]]:
+    """The nodes: two old ones and two new ones, of each kind one with b."""
+    for node, features in zip(
+        slurm.nodes, ("cpu,old", "cpu,old,b", "cpu,new", "cpu,new,b"), strict=True
+    ):
+        set_features(slurm, node, features)
+    yield slurm.nodes
+    slurm.cancel_all()
+    for node in slurm.nodes:
+        set_features(slurm, node, "")
+
+
+def set_features(slurm: SlurmCluster, node: str, features: str) -> None:
+    both = (f"availablefeatures={features}", f"activefeatures={features}")
+    slurm.run("scontrol", "update", f"nodename={node}", *both)
+
+
+@pytest.mark.parametrize("own", [None, "cpu", "old|b", "b|old", "(cpu&b)|old", "[old|b]"])
+def test_a_pinned_job_runs_on_a_node_of_that_kind_whatever_else_the_user_asked_for(
+    slurm: SlurmCluster, run: RunDir, kinds: list[str], own: str | None
+) -> None:
+    one = scheduler(slurm, constraint=own)
+    kind = one.hardware_of(kinds[3])
+    assert kind == Hardware(features=("cpu", "new", "b"))
+    assert one.hardware_of(",".join(kinds[2:])) == Hardware(features=("cpu", "new"))
+    id = one.submit(spec(slurm, run, hardware=kind))
+    assert wait_state(one, id, JobState.RUNNING).nodes == kinds[3]
+
+
+def test_later_jobs_of_a_chain_run_on_the_first_links_kind_of_node(
+    slurm: SlurmCluster, kinds: list[str], tmp_path: Path
+) -> None:
+    # Slurm takes the first free node, which would be an old one for all but the first job.
+    blocker = batch(slurm, "sleep 300", "--exclusive", "--nodes=2", f"-w{kinds[0]},{kinds[1]}")
+    wait_state(scheduler(slurm), blocker, JobState.RUNNING)
+    asked = {"time": "00:01:00", "cluster": "slurm", "pin_hardware": True, "constraint": "cpu"}
+    chain = {"lead_s": 50, "no_progress_links": 10}
+    folder = project(tmp_path / "it's pinned", scheduler=asked, chain=chain, args={"pause_s": 0.2})
+    done = hpcresume("submit", cwd=folder, **slurm.env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = RunDir(folder / "runs" / "run")
+    wait_until("two jobs ahead", lambda: len(queued_by(run)) == 2, 60)
+    (first,) = read_chain(run)
+    assert (first.claim["nodes"], described(slurm, first.claim["job"])["Features"]) == (
+        kinds[2],
+        "cpu",
+    )
+    assert [described(slurm, job)["Features"] for job in queued_by(run)] == ["cpu&new"] * 2
+    assert f"nodes like {kinds[2]}: features cpu&new" in run.train_log.read_text()
+    slurm.run("scancel", blocker)
+    wait_until("the next link", lambda: run.newest_link() > 1, 90)
+    assert read_chain(run)[1].claim["nodes"] in kinds[2:]
+    assert hpcresume("cancel", "--yes", "run", cwd=folder, **slurm.env).returncode == 0
+
+
+def queued_by(run: RunDir) -> list[str]:
+    """The jobs that the first link has queued."""
+    return [str(r["queued_job"]) for link in read_chain(run)[:1] for r in link.all("queued")]
 
 
 # ---- ranks

@@ -31,7 +31,11 @@ def cancel(run: str | None, yes: bool, runs: str | None) -> int:
 @click.command()
 @click.argument("run", required=False)
 @click.option(
-    "--set", "sets", multiple=True, metavar="a.b=VALUE", help="Change a value from here on."
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="a.b=VALUE",
+    help="Change a value from here on; lr=0.01 and the like are the optimizer's.",
 )
 @click.option("--time", "time", metavar="TIME", help="Time limit of the further jobs.")
 @click.option("--detach", is_flag=True, help="Local backend: do not wait, survive the terminal.")
@@ -39,7 +43,10 @@ def cancel(run: str | None, yes: bool, runs: str | None) -> int:
 def resume(
     run: str | None, sets: tuple[str, ...], time: str | None, detach: bool, runs: str | None
 ) -> int:
-    """Go on with RUN from its newest verified checkpoint."""
+    """Go on with RUN from its newest verified checkpoint.
+
+    One that is complete goes on where its end is raised: --set epochs=200, or --set max_steps=N.
+    """
     from hpcresume import submit as verbs
     from hpcresume.cli.submit import begin
 

@@ -1,17 +1,26 @@
-"""`hpcresume logs`: what the run printed, over all its jobs."""
+"""`hpcresume logs`: what the run printed, over all its jobs; with --metrics, what it measured."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from hpcresume import files
 from hpcresume.cli.options import chosen_run, runs_option
-from hpcresume.errors import NotFound
+from hpcresume.errors import NotFound, UsageError
 from hpcresume.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from hpcresume.story import Story
+
+T = TypeVar("T")
 
 _POLL_S = 0.5
 
@@ -22,6 +31,7 @@ _POLL_S = 0.5
 @click.option("-n", "--lines", type=click.IntRange(min=0), help="Only the last lines.")
 @click.option("--link", "number", type=int, help="Only this link.")
 @click.option("--rank", "rank", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--metrics", is_flag=True, help="Instead, what session.log got: a JSON line a step.")
 @runs_option
 def logs(
     run: str | None,
@@ -29,10 +39,20 @@ def logs(
     lines: int | None,
     number: int | None,
     rank: int,
+    metrics: bool,
     runs: str | None,
 ) -> int:
-    """Print the logs of RUN's links in order, with a heading each."""
+    """Print the logs of RUN's links in order, with a heading each.
+
+    With --metrics, each step once over all links. Following (-f), a step that was printed is never
+    printed again: where a link died after its last checkpoint and the next one repeats steps, the
+    values of the one that died are what you saw.
+    """
     chosen = chosen_run(run, runs)
+    if metrics:
+        if number is not None or rank:
+            raise UsageError("--metrics are those of the whole run: leave --link and --rank out.")
+        return _print_metrics(chosen, lines, follow)
     numbers = [number] if number is not None else chosen.link_numbers()
     if number is not None and number not in chosen.link_numbers():
         known = f"1 to {chosen.newest_link()}" if chosen.newest_link() else "none yet"
@@ -40,11 +60,15 @@ def logs(
     text, position = _read_all(chosen, numbers, rank)
     if not text and not follow:
         raise NotFound(f"{chosen.name} has printed nothing yet.")
-    for line in text[-lines:] if lines else text if lines is None else []:
+    for line in _last(text, lines):
         click.echo(line)
     if follow:
         _follow(chosen, rank, numbers[-1] if numbers else 0, position)
     return 0
+
+
+def _last(items: Sequence[T], number: int | None) -> Sequence[T]:
+    return items if number is None else items[max(0, len(items) - number) :]
 
 
 def heading(run: RunDir, number: int) -> str:
@@ -97,11 +121,17 @@ def _follow(run: RunDir, rank: int, number: int, position: int) -> None:
             number, position = number + 1, 0
             click.echo(heading(run, number))
             continue
-        story = read_story(run)
-        if story.completed or story.decided() is not None or story.cancelled:
+        if is_over(read_story(run)):
             _print_from(run, number, rank, position)
             return
         time.sleep(_POLL_S)
+
+
+def is_over(story: Story) -> bool:
+    """Whether no further link is to be waited for."""
+    decided = story.decided()
+    rests = decided is not None and decided.get("decision") != "continue"
+    return story.completed or rests or bool(story.cancelled)
 
 
 def _print_from(run: RunDir, number: int, rank: int, position: int) -> int:
@@ -111,3 +141,76 @@ def _print_from(run: RunDir, number: int, rank: int, position: int) -> int:
         sys.stdout.write(data.decode(errors="replace"))
         sys.stdout.flush()
     return len(data)
+
+
+# ---- metrics -------------------------------------------------------------------------------
+
+
+def _print_metrics(run: RunDir, lines: int | None, follow: bool) -> int:
+    from hpcresume.journal import read_metrics
+
+    records = list(_beyond(0, read_metrics(run)))
+    if not records and not follow:
+        raise NotFound(f"{run.name} has logged no metrics yet.")
+    _write(_last(records, lines))
+    if follow:
+        _follow_metrics(run, records[-1]["step"] if records else 0)
+    return 0
+
+
+def _follow_metrics(run: RunDir, printed: int) -> None:
+    """Print the steps after `printed` as they come, until the run is over."""
+    from hpcresume.journal import Lineage, lineage, read_metrics
+    from hpcresume.story import read_story
+
+    number, position = 0, 0
+    while True:
+        story = read_story(run)
+        over = lineage(run, story.links)
+        new: list[Any] = []
+        if over.link != number:
+            # Another link trains: what stands of the links before, its lineage tells.
+            number, position = over.link, 0
+            missed = tuple(part for part in over.segments if part.upto_step > printed)
+            new += read_metrics(run, Lineage(missed))
+        if is_over(story):
+            new += read_metrics(run, over)
+        elif number == run.newest_link() and number:
+            grown, position = _grown(run.link(number).metrics, position)
+            new += grown
+        records = list(_beyond(printed, new))
+        _write(records)
+        printed = records[-1]["step"] if records else printed
+        if is_over(story):
+            return
+        time.sleep(_POLL_S)
+
+
+def _grown(path: Path, position: int) -> tuple[list[Any], int]:
+    """The values of the whole lines behind a position, and the position after them."""
+    try:
+        with path.open("rb") as file:
+            file.seek(position)
+            data = file.read()
+    except FileNotFoundError:
+        return [], position
+    whole = data[: data.rfind(b"\n") + 1]
+    values = []
+    for line in whole.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            values.append(json.loads(line))
+    return values, position + len(whole)
+
+
+def _beyond(printed: int, records: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """The records of later steps, each step once; what is no record of ours is passed over."""
+    for record in records:
+        step = record.get("step") if isinstance(record, dict) else None
+        if isinstance(step, int) and step > printed:
+            printed = step
+            yield record
+
+
+def _write(records: Sequence[dict[str, Any]]) -> None:
+    sys.stdout.write("".join(files.to_json(record).decode() for record in records))
+    sys.stdout.flush()

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from hpcresume.scheduler.hardware import Hardware
+
 
 class JobState(enum.Enum):
     """Where a job stands. The first four are alive, the others are ends, UNKNOWN is neither."""
@@ -90,6 +92,8 @@ class JobSpec:
     """How long before the end the pre-timeout signal is wished for; 0: none."""
     begin_delay_s: int = 0
     exclude_nodes: tuple[str, ...] = ()
+    hardware: Hardware = field(default_factory=Hardware)
+    """The kind of node that is asked for (Slurm only)."""
     allow_requeue: bool = False
     """Slurm may restart the job itself (only in requeue mode)."""
     environment: dict[str, str] = field(default_factory=dict)

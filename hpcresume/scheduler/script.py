@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hpcresume.config import ContainerConfig, SchedulerConfig, format_time, parse_time
 from hpcresume.errors import ConfigError
+from hpcresume.scheduler.hardware import pinned
 from hpcresume.scheduler.job import JobSpec
 
 #: sbatch options by their long names; None: a bare flag.
@@ -47,6 +48,7 @@ def render(
     """
     options = {**_resources(config), **_chain_options(spec, config, after)}
     options |= _users_options(config, taken=options)
+    options = pinned(options, spec.hardware)
     lines = ["#!/bin/bash", *(f"#SBATCH {_written(item)}" for item in options.items()), ""]
     # Slurm's warning may come up to a minute early, and would end what does not listen yet.
     lines += ["trap '' USR1 USR2", *config.setup]
@@ -61,14 +63,14 @@ def script_arguments(spec: JobSpec, config: SchedulerConfig, after: Sequence[str
     sbatch's command line; then what the chain decides, which wins because it comes later.
     """
     options = _chain_options(spec, config, after)
-    kept = []
+    own: Options = {}
     for argument in spec.script_options:
-        name, _, value = argument.partition("=")
-        if name == "--exclude":
-            options["exclude"] = joined(value, options.get("exclude"))
-        else:
-            kept.append(argument)
-    return [*kept, *map(argument_of, options.items())]
+        name, equals, value = argument.removeprefix("--").partition("=")
+        own[name] = value if equals else None
+    if "exclude" in own:
+        options["exclude"] = joined(own.pop("exclude"), options.get("exclude"))
+    kept = pinned(own, spec.hardware)
+    return [*map(argument_of, kept.items()), *map(argument_of, options.items())]
 
 
 def argument_of(option: tuple[str, str | None]) -> str:

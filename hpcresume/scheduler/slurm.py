@@ -17,9 +17,10 @@ from typing import Protocol
 
 from hpcresume.config import SchedulerConfig
 from hpcresume.errors import SubmissionRejected, Unavailable
-from hpcresume.scheduler import process, script, slurm_text
+from hpcresume.scheduler import hardware, process, script, slurm_text
 from hpcresume.scheduler.environment import JOB_VARIABLES, PLACE_VARIABLES, node_names
 from hpcresume.scheduler.frozen_options import frozen_options
+from hpcresume.scheduler.hardware import Hardware
 from hpcresume.scheduler.job import JobInfo, JobSpec, JobState
 from hpcresume.scheduler.slurm_clients import SlurmClients, is_end
 
@@ -253,6 +254,15 @@ class SlurmScheduler:
         done = self._clients.call("scontrol", "--all", "show", "partition")
         return slurm_text.parse_partitions(done.out)
 
+    def hardware_of(self, node_list: str) -> Hardware:
+        """What the nodes of a list have in common. Raises Unavailable where they are unknown."""
+        done = self._clients.call("scontrol", "show", "node", node_list)
+        nodes = slurm_text.parse_nodes(done.out)
+        if not nodes:
+            said = slurm_text.words(done.err or done.out)
+            raise Unavailable(f"Slurm does not describe {node_list}: {said}.")
+        return hardware.common(nodes)
+
     def frozen_script(self, job_id: str) -> tuple[str, tuple[str, ...]]:
         """The batch script of a job and its real options, to submit the same job again.
 
@@ -301,8 +311,17 @@ class SlurmScheduler:
         """Whether a job's partitions have enough nodes without some; yes where that is unknown."""
         needed = int(fields.get("NumNodes", "1").partition("-")[0])
         names = fields.get("Partition", "").split(",")
-        totals = [int(p["TotalNodes"]) for p in self._partitions() if p["PartitionName"] in names]
-        return not totals or max(totals) - len(set(node_names(excluded))) >= needed
+        without = set(node_names(excluded))
+        if "Features" in fields:
+            done = self._clients.call("scontrol", "show", "node")
+            nodes = hardware.having(slurm_text.parse_nodes(done.out), fields["Features"])
+            left = [node for node in nodes if node["NodeName"] not in without]
+            places = [node.get("Partitions", "").split(",") for node in left]
+            counts = [sum(name in place for place in places) for name in names if done.out]
+        else:
+            blocks = [p for p in self._partitions() if p["PartitionName"] in names]
+            counts = [int(block["TotalNodes"]) - len(without) for block in blocks]
+        return not counts or max(counts) >= needed
 
     def mark(self, id: str, token: str) -> None:
         """Give a job of this user a token, so that `find` knows it. Raises SubmissionRejected."""

@@ -220,9 +220,19 @@ def was_preempted(fields: Mapping[str, str]) -> bool:
 
 def parse_partitions(text: str) -> list[dict[str, str]]:
     """The partitions that `scontrol show partition` prints."""
-    blocks = re.split(r"^(?=PartitionName=)", text, flags=re.MULTILINE)
-    named = (block for block in blocks if block.startswith("PartitionName="))
-    pairs = ([word.partition("=") for word in block.split()] for block in named)
+    return _blocks(text, "PartitionName")
+
+
+def parse_nodes(text: str) -> list[dict[str, str]]:
+    """The nodes that `scontrol show node` prints."""
+    return _blocks(text, "NodeName")
+
+
+def _blocks(text: str, first: str) -> list[dict[str, str]]:
+    """The fields of blocks that begin with `first`; what people wrote stands at their ends."""
+    blocks = re.split(rf"^(?={first}=)", text, flags=re.MULTILINE)
+    named = (block for block in blocks if block.startswith(f"{first}="))
+    pairs = ([word.partition("=") for word in reversed(block.split())] for block in named)
     return [{name: value for name, _, value in block} for block in pairs]
 
 
