@@ -16,9 +16,18 @@ class StopWatch:
     def __init__(self, berth: Berth) -> None:
         self._berth = berth
         self._next_look = 0.0
+        self._reason: str | None = None
 
     def why(self, now: float) -> str | None:
-        """The reason to stop, or None. `now` is the monotonic clock's time in seconds."""
+        """The reason to stop, or None. `now` is the monotonic clock's time in seconds.
+
+        A reason that was found stays: several ranks take some steps to agree on the stop.
+        """
+        if self._reason is None:
+            self._reason = self._look_sometimes(now)
+        return self._reason
+
+    def _look_sometimes(self, now: float) -> str | None:
         if self._berth.flags.any:
             signal = self._berth.flags.stop_asked()
             if signal is not None:
