@@ -19,7 +19,7 @@ from made_run import add_link, complete, end_link, make_run, training
 from oracle import ENVIRON, Chain, assert_equivalent, hpcresume, project, train_uncut
 
 from hpcresume.cancel import cancel
-from hpcresume.cli.logs import is_over
+from hpcresume.cli.logs import MetricTail, is_over
 from hpcresume.cli.options import chosen_run
 from hpcresume.config import RunConfig, read_frozen, to_mapping
 from hpcresume.errors import NotFound, UsageError
@@ -30,7 +30,7 @@ from hpcresume.story import read_story
 from hpcresume.submit import OPTIMIZER_OPTIONS, ready_to_resume
 
 #: Ten steps an epoch, and a checkpoint after each 9 steps and each epoch.
-SMALL: dict[str, Any] = {"args": {"size": 80}, "scheduler": {"cluster": "local"}}
+SMALL: dict[str, Any] = {"args": {"size": 80, "fail_at": -1}, "scheduler": {"cluster": "local"}}
 BROKEN: dict[str, Any] = {"args": {"fail_at": 29}, "chain": {"max_links": 1}}
 #: What mends BROKEN.
 MENDED = ("--set", "args.fail_at=-1", "--set", "chain.max_links=null")
@@ -340,11 +340,14 @@ def test_metrics_have_each_step_once_although_a_link_was_killed_after_its_last_c
         stdout=subprocess.PIPE,
         text=True,
     ) as following:
-        metrics = [chain.run.link(number).metrics for number in (1, 2)]
-        chain.wait_for(lambda links: metrics[0].exists() and len(lines(metrics[0])) >= 14)
-        chain.cut(chain.links()[0], "kill rank")
-        chain.wait_completed()
-        followed, _ = following.communicate(timeout=30)
+        try:
+            metrics = [chain.run.link(number).metrics for number in (1, 2)]
+            chain.wait_for(lambda links: metrics[0].exists() and len(lines(metrics[0])) >= 14)
+            chain.cut(chain.links()[0], "kill rank")
+            chain.wait_completed()
+            followed, _ = following.communicate(timeout=30)
+        finally:
+            following.kill()
     assert following.returncode == 0
     assert sum(map(len, map(lines, metrics))) > 40, "nothing was trained twice"
     done = hpcresume("logs", "--metrics", "run", cwd=chain.folder)
@@ -385,33 +388,39 @@ def test_metrics_are_what_the_newest_link_builds_upon_and_its_own_whole_lines(
     assert logged(measured, "toy", "-n", "0") == (0, [], "")
 
 
-def test_following_metrics_goes_on_behind_the_last_lines_and_ends_with_the_run(
-    measured: RunDir,
-) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-m", "hpcresume", "logs", "--metrics", "-f", "-n", "1"],
-        cwd=measured.path.parent.parent,
-        env=ENVIRON,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as following:
-        assert following.stdout is not None
-        assert following.stdout.readline() == '{"step":5,"link":2}\n'
-        with measured.link(2).metrics.open("a") as file:
-            file.write('nk":2}\n')
-        assert following.stdout.readline() == '{"step":6,"link":2}\n'
-        third = measured.claim_link({"job": "3", "host": "gpu017", "pid": 7, "num_tasks": 1})
-        third.metrics.write_text('{"step":6,"link":3}\n{"step":7,"link":3}\n')
-        first = measured.link(1).metrics.read_text().index('{"step":5')
-        segments = [[1, 4, first], [2, 5, len('{"step":5,"link":2}\n')]]
-        with training(third) as journal:
-            journal.write("restored", step=5, segments=segments)
-        assert following.stdout.readline() == '{"step":7,"link":3}\n'
-        with third.metrics.open("a") as file:
-            file.write('{"step":8,"link":3}\n')
-        end_link(third, "stop", "cancelled", "enough")
-        assert following.stdout.read() == '{"step":8,"link":3}\n'
-    assert following.returncode == 0
+def test_following_metrics_shows_each_step_once_at_every_look(measured: RunDir) -> None:
+    tail = MetricTail(measured)
+
+    def seen() -> list[tuple[int, int]]:
+        return [(record["step"], record["link"]) for record in tail.look()]
+
+    assert seen() == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2)]
+    assert seen() == [], "the last line is half-written"
+    append(measured, 2, 'nk":2}\n')
+    assert seen() == [(6, 2)]
+    append(measured, 2, '{"step":7,"link":2}\n')
+    third = measured.claim_link({"job": "3", "host": "gpu017", "pid": 7, "num_tasks": 1})
+    append(measured, 2, '{"step":8,"link":2}\n')
+    assert seen() == [(7, 2)], "link 2 is overtaken: what it writes from here on is nobody's"
+    assert seen() == []
+    sizes = {number: measured.link(number).metrics.read_bytes().index for number in (1, 2)}
+    adopted = [[1, 4, sizes[1](b'{"step":5')], [2, 6, sizes[2](b'{"step":7')]]
+    append(measured, 3, '{"step":7,"link":3}\n{"step":8,"link":3}\n')
+    with training(third) as journal:
+        journal.write("restored", step=6, segments=adopted)
+    assert seen() == [(8, 3)], "step 7 was shown already, as link 2 had it"
+    append(measured, 3, '{"step":9,"link":3}\n{"step":10,"link":3}\n')
+    fourth = measured.claim_link({"job": "4", "host": "gpu017", "pid": 7, "num_tasks": 1})
+    whole = len(measured.link(3).metrics.read_bytes())
+    with training(fourth) as journal:
+        journal.write("restored", step=10, segments=[*adopted, [3, 10, whole]])
+    append(measured, 4, '{"step":11,"link":4}\n')
+    assert seen() == [(9, 3), (10, 3), (11, 4)], "link 3 ended between two looks"
+
+
+def append(run: RunDir, number: int, text: str) -> None:
+    with run.link(number).metrics.open("a") as file:
+        file.write(text)
 
 
 def test_metrics_of_one_link_or_rank_are_refused_and_none_are_said(tmp_path: Path) -> None:

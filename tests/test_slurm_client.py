@@ -673,7 +673,8 @@ def test_nodes_that_slurm_does_not_know_have_no_kind(cluster: Cluster) -> None:
         ("a100,linux", "a100,linux&ib"),
         ("ib|linux", "ib|linux&ib&a100"),
         ("(ib&x)|y", "(ib&x)|y&ib&a100"),
-        ("[rack1|rack2]", "ib&a100&[rack1|rack2]"),
+        ("ib&x|y", "ib&x|y&ib&a100"),
+        ("[rack1|rack2]", "[rack1|rack2]&ib&a100"),
         ("[x*1&y*1]", "[x*1&y*1]"),
     ],
 )

@@ -405,7 +405,9 @@ def set_features(slurm: SlurmCluster, node: str, features: str) -> None:
     slurm.run("scontrol", "update", f"nodename={node}", *both)
 
 
-@pytest.mark.parametrize("own", [None, "cpu", "old|b", "b|old", "(cpu&b)|old", "[old|b]"])
+@pytest.mark.parametrize(
+    "own", [None, "cpu", "old|b", "b|old", "(cpu&b)|old", "[old|b]", "[b|old]"]
+)
 def test_a_pinned_job_runs_on_a_node_of_that_kind_whatever_else_the_user_asked_for(
     slurm: SlurmCluster, run: RunDir, kinds: list[str], own: str | None
 ) -> None:

@@ -147,68 +147,74 @@ def _print_from(run: RunDir, number: int, rank: int, position: int) -> int:
 
 
 def _print_metrics(run: RunDir, lines: int | None, follow: bool) -> int:
-    from hpcresume.journal import read_metrics
+    from hpcresume.story import read_story
 
-    records = list(_beyond(0, read_metrics(run)))
+    tail = MetricTail(run)
+    records = tail.look()
     if not records and not follow:
         raise NotFound(f"{run.name} has logged no metrics yet.")
     _write(_last(records, lines))
-    if follow:
-        _follow_metrics(run, records[-1]["step"] if records else 0)
+    while follow:
+        # Asked before the look, so that nothing is missed which came before the end.
+        follow = not is_over(read_story(run))
+        _write(tail.look())
+        if follow:
+            time.sleep(_POLL_S)
     return 0
 
 
-def _follow_metrics(run: RunDir, printed: int) -> None:
-    """Print the steps after `printed` as they come, until the run is over."""
-    from hpcresume.journal import Lineage, lineage, read_metrics
-    from hpcresume.story import read_story
+class MetricTail:
+    """The metrics of a run as they grow, merged over its links: each step once, in order."""
 
-    number, position = 0, 0
-    while True:
-        story = read_story(run)
-        over = lineage(run, story.links)
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._step = 0
+        self._link = 0
+        self._position: int | None = 0
+        """How far the newest link's log is read; None: to its end."""
+
+    def look(self) -> list[dict[str, Any]]:
+        """What has come since the last look."""
+        from hpcresume.journal import Lineage, lineage, read_metrics
+
+        over = lineage(self._run)
         new: list[Any] = []
-        if over.link != number:
-            # Another link trains: what stands of the links before, its lineage tells.
-            number, position = over.link, 0
-            missed = tuple(part for part in over.segments if part.upto_step > printed)
-            new += read_metrics(run, Lineage(missed))
-        if is_over(story):
-            new += read_metrics(run, over)
-        elif number == run.newest_link() and number:
-            grown, position = _grown(run.link(number).metrics, position)
-            new += grown
-        records = list(_beyond(printed, new))
-        _write(records)
-        printed = records[-1]["step"] if records else printed
-        if is_over(story):
-            return
-        time.sleep(_POLL_S)
+        if over.link != self._link:
+            # Another link trains: what stands of those before, its lineage tells.
+            self._link, self._position = over.link, 0
+            missed = tuple(part for part in over.segments if part.upto_step > self._step)
+            new += read_metrics(self._run, Lineage(missed))
+        if self._link != self._run.newest_link() and self._position is not None:
+            # The next link is there: it has said how much of this one counts.
+            self._position = None
+            new += read_metrics(self._run, Lineage((), self._link))
+        elif self._position is not None and self._link:
+            new += self._grown(self._run.link(self._link).metrics, self._position)
+        return list(self._later(new))
 
+    def _grown(self, path: Path, position: int) -> list[Any]:
+        """The values of the whole lines behind a position."""
+        try:
+            with path.open("rb") as file:
+                file.seek(position)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._position = position + len(whole)
+        values = []
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                values.append(json.loads(line))
+        return values
 
-def _grown(path: Path, position: int) -> tuple[list[Any], int]:
-    """The values of the whole lines behind a position, and the position after them."""
-    try:
-        with path.open("rb") as file:
-            file.seek(position)
-            data = file.read()
-    except FileNotFoundError:
-        return [], position
-    whole = data[: data.rfind(b"\n") + 1]
-    values = []
-    for line in whole.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            values.append(json.loads(line))
-    return values, position + len(whole)
-
-
-def _beyond(printed: int, records: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """The records of later steps, each step once; what is no record of ours is passed over."""
-    for record in records:
-        step = record.get("step") if isinstance(record, dict) else None
-        if isinstance(step, int) and step > printed:
-            printed = step
-            yield record
+    def _later(self, records: Iterable[Any]) -> Iterator[dict[str, Any]]:
+        """The records of later steps than before; what is no record of ours is passed over."""
+        for record in records:
+            step = record.get("step") if isinstance(record, dict) else None
+            if isinstance(step, int) and step > self._step:
+                self._step = step
+                yield record
 
 
 def _write(records: Sequence[dict[str, Any]]) -> None:

@@ -64,12 +64,12 @@ def features_of(node: Mapping[str, str]) -> list[str]:
     return [] if names == "(null)" else [name for name in names.split(",") if name]
 
 
-def having(nodes: Sequence[Mapping[str, str]], constraint: str) -> list[Mapping[str, str]]:
+def having(nodes: Sequence[Mapping[str, str]], wanted: str) -> list[Mapping[str, str]]:
     """The nodes with all features of a constraint; all nodes where it is more than a list."""
-    if re.search(r"[|()\[\]*]", constraint):
+    if re.search(r"[|()\[\]*]", wanted):
         return list(nodes)
-    wanted = set(re.split("[&,]", constraint))
-    return [node for node in nodes if wanted <= set(features_of(node))]
+    names = set(re.split("[&,]", wanted))
+    return [node for node in nodes if names <= set(features_of(node))]
 
 
 def _gpu_type(gres: str) -> str:
@@ -102,11 +102,9 @@ def constraint(own: str | None, features: Sequence[str]) -> str:
     if "*" in own:
         # Numbers of nodes for single features. Slurm lets nothing be added to that.
         return own
-    plain = not re.search(r"[|()\[\]]", own)
-    more = [name for name in features if not (plain and name in re.split("[&,]", own))]
-    # Slurm reads from left to right, so that no "|" before counts against an "&" behind it; but
-    # it forgets what follows brackets.
-    return "&".join([*more, own] if "[" in own else [own, *more])
+    there = [] if re.search(r"[|()\[\]]", own) else re.split("[&,]", own)
+    # Slurm reads from left to right: what stands behind goes for all alternatives before it.
+    return "&".join([own, *(name for name in features if name not in there)])
 
 
 def _typed(number: str | None, gpu_type: str) -> str | None:
