@@ -23,7 +23,7 @@ from hpcresume.checkpoint.cadence import Cadence
 from hpcresume.checkpoint.contents import Contents
 from hpcresume.config import RunConfig
 from hpcresume.errors import CheckpointError, Unavailable, UsageError
-from hpcresume.training import changes, hyperparameters, machine
+from hpcresume.training import buckets, changes, hyperparameters, machine
 from hpcresume.training.berth import Berth
 from hpcresume.training.determinism import mixed_seed, seed_everything
 from hpcresume.training.distributed import Agreement
@@ -120,6 +120,7 @@ class Session:
         self._train_seconds = 0.0
         self._best: dict[str, Any] | None = None
         self._metric_now: dict[str, Any] | None = None
+        self._best_now = False
         self._save_asked: str | None = None
         self._given: dict[str, Any] = {}
         self._saver = Saver(berth, self._contents, self._metrics)
@@ -237,12 +238,12 @@ class Session:
         """Report one metric to watch, e.g. `best(val_loss=0.3)`; whether it is the best so far.
 
         If so, the state is saved at the end of this step; retention keeps the best. All ranks
-        must report the same value.
+        must call it; the value of rank 0 counts.
         """
         if len(metric) != 1 or mode not in ("min", "max"):
             raise UsageError('session.best takes one metric and mode="min" or "max".')
         ((name, value),) = metric.items()
-        value = float(value)
+        value = self._ranks.broadcast(float(value))
         self._metric_now = {"name": name, "value": value, "mode": mode}
         if not math.isfinite(value):
             return False
@@ -252,7 +253,7 @@ class Session:
             if not better:
                 return False
         self._best = {**self._metric_now, "step": self.global_step + 1}
-        self._save_asked = "best"
+        self._best_now = True
         log.info("best %s so far: %.4f", name, value)
         return True
 
@@ -336,6 +337,9 @@ class Session:
         if self._berth.journal is not None:
             self._berth.journal.write("started", step=self.global_step, max_steps=self.max_steps)
             self._publish()
+        if self._config.deterministic and self.world_size > 1:
+            for words in buckets.settle(dict(self._contents.items()).values()):
+                self._say_changed(words)
         # Last of all: everything before may have drawn random numbers.
         self._restore_rng()
         self._step_began = time.monotonic()
@@ -452,6 +456,8 @@ class Session:
         if self.global_step == self._berth.stop_at:
             self._stop(f"it was to stop at step {self.global_step}")
         due = self._cadence.by_count(self.global_step, epoch_ended=self._last)
+        if due is None and self._best_now:
+            due = "best"
         asked = self._save_asked or self._cadence.by_clock(now - self._saver.saved_at)
         why_stop = self._stops.why(now)
         stop, save = self._agreement.exchange(
@@ -466,6 +472,7 @@ class Session:
             self._save(due or asked or "asked")
             self._step_began = time.monotonic()
         self._metric_now = None
+        self._best_now = False
         if self._rank0:
             logging_due = self.global_step % self._config.log.every_steps == 0
             if logging_due or now - self._published_at >= _PUBLISH_S:

@@ -28,10 +28,16 @@ def seed_everything(seed: int) -> None:
 def make_deterministic() -> None:
     """Choose deterministic algorithms; call it before CUDA starts.
 
-    cuBLAS needs its workspace fixed by an environment variable. The fill of uninitialised memory
-    is off: it only costs time here, and has raced with communication on GPUs.
+    cuBLAS needs its workspace fixed by an environment variable. torch.compile compiles each shape
+    for itself: else a second shape leads to code for any shape, and which shape comes second
+    depends on where a link begins. The fill of uninitialised memory is off: it only costs time
+    here, and has raced with communication on GPUs.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["TORCH_DYNAMO_AUTOMATIC_DYNAMIC_SHAPES"] = "0"
+    dynamo = sys.modules.get("torch._dynamo.config")
+    if dynamo is not None:
+        dynamo.automatic_dynamic_shapes = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
