@@ -379,8 +379,9 @@ class Session:
             self._say_changed(words)
         self.epoch, self._position = verdict.epoch, verdict.position
         states = progress.get("data", [])
-        if not verdict.said and self.rank < len(states):
-            self._feed_state = states[self.rank]
+        if states and not verdict.new_data:
+            # Where the number of ranks may change, all of them are in the same place.
+            self._feed_state = states[self.rank if self.rank < len(states) else 0]
 
     def _set_end(self) -> None:
         """How many steps there are; a schedule that was laid out for another number is named."""

@@ -23,6 +23,8 @@ class Verdict:
     position: int
     said: tuple[str, ...] = ()
     refused: str | None = None
+    new_data: bool = False
+    """Whether a place that the saved feed remembers means nothing in this one."""
 
 
 def reconcile(
@@ -53,7 +55,7 @@ def reconcile(
         )
     shape = [key for key in changed if key in _BATCH]
     if not shape:
-        return Verdict(epoch, position, tuple(said))
+        return Verdict(epoch, position, tuple(said), new_data=bool(data))
     words = _difference(shape, saved, now)
     # Only what has a length and an index can be shared out anew.
     counted = "length" in now and ("batch_size" in now or "world_size" not in shape)
@@ -74,7 +76,7 @@ def reconcile(
         said.append(f"{words}, with the same {after} samples a step: not one is lost or repeated")
     else:
         said.append(f"a step had {before} samples and now has {after} ({words})")
-    return Verdict(epoch, place, tuple(said))
+    return Verdict(epoch, place, tuple(said), new_data=bool(data))
 
 
 def _samples(shape: Mapping[str, Any], *, micro: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from torch.utils.data import (
@@ -17,7 +18,12 @@ from torch.utils.data.distributed import DistributedSampler
 
 from hpcresume.errors import UsageError
 from hpcresume.training.loader import Feed, ResumableLoader
+from hpcresume.training.noise import ORDER, kept
+from hpcresume.training.noise import seed as seed_generators
 from hpcresume.training.stream import StreamLoader
+
+#: What an iterator gives at its end.
+_END = object()
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +58,7 @@ def feed_of(source: Any, *, seed: int, rank: int, world_size: int) -> Feed:
             f"session.steps cannot go through a {type(source).__name__} again: hand it a loader, "
             f"a list, or an object whose __iter__ begins anew."
         )
-    return IterableFeed(source)
+    return IterableFeed(source, seed=seed, rank=rank)
 
 
 class SequenceFeed:
@@ -83,12 +89,15 @@ class SequenceFeed:
 class IterableFeed:
     """Batches of any iterable: by its own state where it has one, else read again to the place.
 
-    The state is taken before the next batch is asked for, and at an epoch's end after the
-    iterator has ended: some would begin an empty epoch from the place behind the last batch.
+    One batch is read ahead, because nothing else tells that a batch is the last. The state is
+    taken before that, and at an epoch's end after the iterator has ended: some would begin an
+    empty epoch from the place behind the last batch. What the iterable draws from the global
+    generators is keyed by (seed, epoch, rank, batch).
     """
 
-    def __init__(self, source: Iterable[Any]) -> None:
+    def __init__(self, source: Iterable[Any], *, seed: int, rank: int) -> None:
         self._source = source
+        self._key = (seed, rank)
         self._stateful = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
         self._state: Any = None
 
@@ -98,27 +107,39 @@ class IterableFeed:
 
     def batches(self, epoch: int, start: int, state: Any = None) -> Iterator[tuple[Any, bool]]:
         """See Feed."""
-        if state is not None:
-            self._source.load_state_dict(state)  # type: ignore[attr-defined]
-        for place in (self._source, getattr(self._source, "sampler", None)):
-            set_epoch = getattr(place, "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(epoch)
-        batches = iter(self._source)
+        numbers = count(start if self._stateful else 0)
+        with kept():
+            seed_generators(*self._key, epoch, ORDER)
+            if state is not None:
+                self._source.load_state_dict(state)  # type: ignore[attr-defined]
+            for place in (self._source, getattr(self._source, "sampler", None)):
+                set_epoch = getattr(place, "set_epoch", None)
+                if set_epoch is not None:
+                    set_epoch(epoch)
+            batches = iter(self._source)
+
+        def read() -> Any:
+            with kept():
+                seed_generators(*self._key, epoch, next(numbers))
+                return next(batches, _END)
+
         if start and not self._stateful:
             log.info("reading %d batches again to find the place in the data", start)
-            for _ in zip(range(start), batches, strict=False):
-                pass
-        end = object()
-        batch = next(batches, end)
-        while batch is not end:
-            before = self._source.state_dict() if self._stateful else None  # type: ignore[attr-defined]
-            following = next(batches, end)
-            if following is end and self._stateful:
-                before = self._source.state_dict()  # type: ignore[attr-defined]
-            self._state = before
-            yield batch, following is end
+            for _ in range(start):
+                read()
+        batch = read()
+        while batch is not _END:
+            before = self._place()
+            following = read()
+            self._state = self._place() if following is _END else before
+            yield batch, following is _END
             batch = following
+
+    def _place(self) -> Any:
+        if not self._stateful:
+            return None
+        with kept():
+            return self._source.state_dict()  # type: ignore[attr-defined]
 
     def state(self) -> Any:
         """See Feed."""
@@ -149,11 +170,12 @@ def _adopted(loader: DataLoader[Any], *, seed: int, rank: int, world_size: int) 
             "session.steps: this DataLoader makes no batches (batch_size=None): use session.loader."
         )
     order: dict[str, Any] = {"batch_size": None, "shuffle": False, "drop_last": False}
-    sampler = loader.sampler
-    if type(loader.batch_sampler) is not BatchSampler:
-        order["batch_sampler"] = loader.batch_sampler
+    batches = loader.batch_sampler
+    if type(batches) is not BatchSampler:
+        order["batch_sampler"] = batches
     else:
-        order |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        sampler = batches.sampler
+        order |= {"batch_size": batches.batch_size, "drop_last": batches.drop_last}
         if isinstance(sampler, DistributedSampler):
             order["shuffle"] = sampler.shuffle
         elif isinstance(sampler, RandomSampler) and _is_a_permutation(sampler):

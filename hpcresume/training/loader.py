@@ -87,6 +87,7 @@ class ResumableLoader:
         self._sampler = sampler
         self._batch_sampler = batch_sampler
         self._source = batch_sampler if batch_sampler is not None else sampler
+        self._keeper = _keeper(self._source)
         self._began: Any = None
         self._loader: DataLoader[Any] | None = None
         self._batches = _Batches(self)
@@ -150,7 +151,8 @@ class ResumableLoader:
         for number, batch in enumerate(self._loader, start):
             if number == last:
                 # Saved with this batch, the place is the next epoch's start.
-                self._began = self._sampler_state()
+                with kept():
+                    self._began = self._sampler_state()
             yield batch, number == last
 
     def index_lists(self, epoch: int, start: int) -> Iterator[list[int]]:
@@ -179,31 +181,27 @@ class ResumableLoader:
         back to where this epoch began.
         """
         assert self._source is not None
-        set_epoch = getattr(self._source, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
         with kept():
             seed(self.seed, epoch, ORDER)
+            set_epoch = getattr(self._source, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
             return list(self._source)
 
     def _place_sampler(self, state: Any) -> None:
         """Bring the sampler to where the epoch begins, and remember that place."""
-        if state is not None:
-            if hasattr(self._source, "load_state_dict"):
-                self._source.load_state_dict(state)  # type: ignore[union-attr]
-            else:
+        with kept():
+            if isinstance(self._keeper, torch.Generator) and state is not None:
                 content = bytearray(base64.b64decode(state))
-                generator = self._source.generator  # type: ignore[union-attr]
-                generator.set_state(torch.frombuffer(content, dtype=torch.uint8))
-        self._began = self._sampler_state()
+                self._keeper.set_state(torch.frombuffer(content, dtype=torch.uint8))
+            elif state is not None:
+                self._keeper.load_state_dict(state)
+            self._began = self._sampler_state()
 
     def _sampler_state(self) -> Any:
-        if hasattr(self._source, "state_dict"):
-            return self._source.state_dict()  # type: ignore[union-attr]
-        generator = getattr(self._source, "generator", None)
-        if isinstance(generator, torch.Generator):
-            return base64.b64encode(bytes(generator.get_state().tolist())).decode()
-        return None
+        if isinstance(self._keeper, torch.Generator):
+            return base64.b64encode(bytes(self._keeper.get_state().tolist())).decode()
+        return None if self._keeper is None else self._keeper.state_dict()
 
     def state(self) -> Any:
         """See Feed: a sampler's own state at the start of the epoch."""
@@ -257,6 +255,17 @@ def _check_order(
             "session.loader shares the samples out over the ranks itself: give it shuffle=True "
             "instead of a DistributedSampler."
         )
+
+
+def _keeper(sampler: Any) -> Any:
+    """What holds the state of a sampler, or of the one that it wraps: itself, or its generator."""
+    while sampler is not None:
+        if hasattr(sampler, "state_dict") and hasattr(sampler, "load_state_dict"):
+            return sampler
+        if isinstance(getattr(sampler, "generator", None), torch.Generator):
+            return sampler.generator
+        sampler = getattr(sampler, "sampler", None)
+    return None
 
 
 def _len(sampler: Iterable[Any]) -> int:

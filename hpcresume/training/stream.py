@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 
 from hpcresume.errors import UsageError
 from hpcresume.training.determinism import mixed_seed
-from hpcresume.training.noise import COLLATE, kept, seed
+from hpcresume.training.noise import COLLATE, ORDER, kept, seed
 
 
 class StreamLoader:
@@ -83,8 +83,14 @@ class StreamLoader:
             self._places[worker] = place
             self._turn = (worker + 1) % num_workers
             if item is None:
-                self._turn, self._places = 0, []
+                self._turn, self._places = 0, self._behind_the_end()
             yield batch, item is None
+
+    def _behind_the_end(self) -> list[Any]:
+        """Workers begin each epoch with a dataset as it was given; this process goes on with it."""
+        if self._options.get("num_workers", 0) or not hasattr(self._dataset, "state_dict"):
+            return []
+        return [{"batches": 0, "state": self._dataset.state_dict(), "ended": False}]
 
     def state(self) -> Any:
         """See Feed: whose turn it is among the workers, and the place of each."""
@@ -111,16 +117,20 @@ class _Reader(IterableDataset[Any]):
         if worker < self._turn:
             # torch begins with worker 0; when the run was saved, this one had had its turn.
             yield None
-        set_epoch = getattr(self._dataset, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(self._epoch)
+        if place is not None and place["ended"]:
+            return
         number = 0
         stateful = hasattr(self._dataset, "state_dict")
-        if place is not None and stateful:
-            self._dataset.load_state_dict(place["state"])  # type: ignore[attr-defined]
-            number = place["batches"]
         again = 0 if place is None or stateful else place["batches"]
-        samples = iter(self._dataset)
+        with kept():
+            seed(*self._key, worker, ORDER)
+            set_epoch = getattr(self._dataset, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(self._epoch)
+            if place is not None and stateful:
+                self._dataset.load_state_dict(place["state"])  # type: ignore[attr-defined]
+                number = place["batches"]
+            samples = iter(self._dataset)
         while True:
             with kept():
                 seed(*self._key, worker, number)
@@ -133,7 +143,9 @@ class _Reader(IterableDataset[Any]):
                     continue
                 seed(*self._key, worker, number, COLLATE)
                 batch = self._collate(taken)
-            yield batch, worker, {"batches": number, "state": state}
+            # A dataset that has ended may be ready to begin anew: its state does not tell.
+            ended = len(taken) < self._batch_size
+            yield batch, worker, {"batches": number, "state": state, "ended": ended}
 
 
 def _take(samples: Iterator[Any], count: int) -> list[Any]:
