@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -11,6 +12,15 @@ import numpy as np
 import pytest
 import torch
 from links import RankPool
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_links() -> Iterator[None]:
+    """Each link collects its garbage, which need not look through all that was imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

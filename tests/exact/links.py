@@ -108,7 +108,12 @@ def story(run: RunDir) -> str:
 # ---- in this process -------------------------------------------------------------------------
 
 
-def link_here(run: RunDir, cut: Cut | None, place: RankPlace | None = None) -> None:
+def link_here(
+    run: RunDir,
+    cut: Cut | None,
+    place: RankPlace | None = None,
+    train: Callable[..., None] = program.train,
+) -> None:
     """One link in this process, which lives on."""
     flags = SignalFlags()
 
@@ -117,11 +122,16 @@ def link_here(run: RunDir, cut: Cut | None, place: RankPlace | None = None) -> N
             raise Killed
         flags.note(signal.SIGTERM)
 
-    _serve(run, cut, place or RankPlace(), flags, end)
+    _serve(run, cut, place or RankPlace(), flags, end, train)
 
 
 def _serve(
-    run: RunDir, cut: Cut | None, place: RankPlace, flags: SignalFlags, end: Callable[[Cut], None]
+    run: RunDir,
+    cut: Cut | None,
+    place: RankPlace,
+    flags: SignalFlags,
+    end: Callable[[Cut], None],
+    train: Callable[..., None] = program.train,
 ) -> None:
     """Train one rank of one link; `end` cuts it, where the cut says."""
     config = read_frozen(run.config)
@@ -140,7 +150,7 @@ def _serve(
             end(cut)
 
     try:
-        serve(berth_of, functools.partial(program.train, interrupt=interrupt), place, config)
+        serve(berth_of, functools.partial(train, interrupt=interrupt), place, config)
     finally:
         # A new process would begin without what a link left behind: no more may the next one here.
         for berth in berths:
@@ -223,6 +233,7 @@ class RankPool:
 
 def _serve_links(rank: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    gc.freeze()
     while (request := pipe.recv()) is not None:
         run, cut, ranks, meeting = request
         try:
