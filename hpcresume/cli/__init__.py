@@ -21,11 +21,13 @@ _COMMANDS = {
     "logs": "logs",
     "cancel": "control",
     "resume": "control",
+    "verify": "verify",
     "link": "hidden",
     "rank": "hidden",
     "local-driver": "hidden",
+    "verify-link": "verify",
 }
-_HIDDEN = frozenset({"link", "rank", "local-driver"})
+_HIDDEN = frozenset({"link", "rank", "local-driver", "verify-link"})
 
 
 class _Lazy(click.Group):
