@@ -87,14 +87,15 @@ def measure(place: RankPlace, folder: Path) -> list[tuple[float, float]]:
     return rounds
 
 
-def report(name: str, rounds: list[tuple[float, float]]) -> None:
-    """Print the median and the range of a series."""
+def report(name: str, rounds: list[tuple[float, float]]) -> float:
+    """Print the median and the range of a series; the median, in microseconds a step."""
     bare = statistics.median(b for b, _ in rounds) / STEPS * 1e6
     over = sorted((s - b) / STEPS * 1e6 for b, s in rounds)
     print(
         f"{name}: +{statistics.median(over):.2f} µs a step over a bare loop "
         f"({bare:.3f} µs; {over[0]:.2f} to {over[-1]:.2f} in {len(rounds)} rounds)"
     )
+    return statistics.median(over)
 
 
 def main() -> None:
@@ -103,31 +104,31 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.rank is not None:
-        place = RankPlace(
-            rank=options.rank,
-            world_size=options.ranks,
-            local_rank=options.rank,
-            node_rank=0,
-        )
+        place = RankPlace(rank=options.rank, world_size=options.ranks, local_rank=options.rank)
         rounds = measure(place, options.folder)
         if options.rank == 0:
-            report(f"{options.ranks} ranks", rounds)
+            over = report(f"{options.ranks} ranks", rounds)
+            print(f"their agreement to stop: +{over - options.alone:.2f} µs a step of these")
         return
     with tempfile.TemporaryDirectory() as name:
-        report(
-            "1 rank",
-            measure(RankPlace(rank=0, world_size=1, local_rank=0, node_rank=0), Path(name)),
-        )
+        alone = report("1 rank", measure(RankPlace(), Path(name)))
     if options.ranks > 1:
         with socket.socket() as free, tempfile.TemporaryDirectory() as name:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
             free.close()
             environ = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            argv = [sys.executable, __file__, f"--ranks={options.ranks}", f"--folder={name}"]
+            argv = [
+                sys.executable,
+                __file__,
+                f"--ranks={options.ranks}",
+                f"--folder={name}",
+                f"--alone={alone}",
+            ]
             started = [
                 subprocess.Popen([*argv, f"--rank={rank}"], env=environ)
                 for rank in range(options.ranks)

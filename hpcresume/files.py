@@ -9,6 +9,7 @@ although the pages are gone); the error goes to the caller and the temporary fil
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -68,13 +69,17 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600, *, sync: bool = Tr
 
 def to_json(value: Any, *, indent: int | None = None) -> bytes:
     """Canonical JSON: the same value gives the same bytes in every process."""
-    separators = (",", ":") if indent is None else (",", ": ")
-    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators)
     try:
-        return text.encode() + b"\n"
+        return (_encoder(indent, False).encode(value) + "\n").encode()
     except UnicodeEncodeError:
         # Python reads a file name that is no UTF-8 as text that UTF-8 cannot hold.
-        return json.dumps(value, indent=indent, separators=separators).encode() + b"\n"
+        return (_encoder(indent, True).encode(value) + "\n").encode()
+
+
+@functools.cache
+def _encoder(indent: int | None, ascii_only: bool) -> json.JSONEncoder:
+    separators = (",", ":") if indent is None else (",", ": ")
+    return json.JSONEncoder(indent=indent, ensure_ascii=ascii_only, separators=separators)
 
 
 def write_json(path: Path, value: Any, *, sync: bool = True, indent: int | None = 2) -> None:

@@ -36,7 +36,8 @@ from hpcresume.training.stream import StreamLoader
 
 log = logging.getLogger(__name__)
 
-_PUBLISH_S = 5.0
+#: How old trainer_state.json may be: to replace a file is slow on shared disks.
+_PUBLISH_S = 2.0
 #: What a shared file system writes at the least, for the first guess of a save's duration.
 SLOW_DISK_BYTES_S = 100e6
 
@@ -475,12 +476,13 @@ class Session:
         self._metric_now = None
         self._best_now = False
         if self._rank0:
-            logging_due = self.global_step % self._config.log.every_steps == 0
-            if logging_due or now - self._published_at >= _PUBLISH_S:
+            said = self.global_step % self._config.log.every_steps == 0
+            if said or now - self._published_at >= _PUBLISH_S:
                 self._metrics.flush()
-                if logging_due:
+                if said:
                     self._say_step(now)
-                self._publish()
+                if now - self._published_at >= _PUBLISH_S:
+                    self._publish()
                 self._step_began = time.monotonic()
 
     def _stop_at_once_if_asked(self) -> None:

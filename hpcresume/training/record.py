@@ -23,8 +23,8 @@ _OWN = frozenset({"step", "epoch"})
 class MetricLog:
     """One line a step in metrics.jsonl, written in batches.
 
-    Tensors are kept as they are until a flush: turning each into a number at once would make the
-    CPU wait for the GPU at every step. A value logged several times in one step (gradient
+    A GPU's tensors are kept as they are until a flush: turning each into a number at once would
+    make the CPU wait at every step. A value logged several times in one step (gradient
     accumulation) is averaged.
     """
 
@@ -101,9 +101,10 @@ class _Several(list[Any]):
 
 
 def _mean(value: Any) -> Any:
-    values = value if type(value) is _Several else [value]
-    numbers = [_number(value) for value in values]
-    if len(numbers) == 1 or not all(isinstance(n, (int, float)) for n in numbers):
+    if type(value) is not _Several:
+        return value if type(value) is float else _number(value)
+    numbers = [_number(each) for each in value]
+    if not all(isinstance(n, (int, float)) for n in numbers):
         return numbers[-1]
     return math.fsum(numbers) / len(numbers)
 
@@ -117,7 +118,7 @@ def _number(value: Any) -> Any:
 def _kept(name: str, value: Any) -> Any:
     """A value as it is now; numbers and arrays of NumPy become Python's."""
     if isinstance(value, torch.Tensor):
-        return value.detach().clone()
+        return value.detach().clone() if value.device.type != "cpu" else _number(value)
     if isinstance(value, (bool, int, float, str)):
         return value
     tolist = getattr(value, "tolist", None)
