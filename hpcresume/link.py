@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import secrets
 import socket
 import sys
@@ -192,12 +193,14 @@ class _Supervisor:
         self.budgets = Budgets(
             max_links=config.chain.max_links,
             max_hours=config.chain.max_hours,
+            max_node_hours=config.chain.max_node_hours,
             no_progress_links=config.chain.no_progress_links,
             max_crashes=config.chain.max_crashes,
         )
         self.journal: Journal | None = None
         self.past: list[LinkRecords] = []
         self.submitted: list[str] = []
+        self.avoided: list[str] = []
         self.end_time: float | None = self.job.end_time
         self.stop_reason: str | None = None
 
@@ -213,6 +216,7 @@ class _Supervisor:
             return self._outcome(over, None, 0)
         history = self._history(story)
         before = self._decision_before(story, history)
+        self.avoided = self._nodes_to_avoid(story, history, before)
         link = self._claim()
         self._record_found(story, history)
         if before is not None and before.kind != "continue":
@@ -292,7 +296,19 @@ class _Supervisor:
             return lost
         if not history or story.decided() is not None:
             return None
-        return chain.decide(history, self.budgets)
+        return self._decide(history)
+
+    def _decide(self, history: Sequence[PastLink]) -> Decision:
+        now, chance = time.time(), random.random()
+        return chain.decide(history, self.budgets, now=now, chance=chance)
+
+    def _nodes_to_avoid(
+        self, story: Story, history: Sequence[PastLink], before: Decision | None
+    ) -> list[str]:
+        """For the jobs that this link queues: a node is remembered longer than a submission."""
+        older = [past for past in past_links(story, {}, after=0) if past.number <= story.after_link]
+        fresh = before.exclude_nodes if before is not None else ()
+        return [*fresh, *chain.bad_nodes([*older, *history], time.time())]
 
     def _cancelled_successor(self, story: Story) -> Decision | None:
         """A job of the run that its user cancelled before it began: the wish to end the chain."""
@@ -335,6 +351,7 @@ class _Supervisor:
             "restart": self.job.restart_count,
             **this_process(),
             "nodes": self.job.node_list,
+            "num_nodes": self.job.num_nodes,
             "num_tasks": self.num_tasks,
             "t": round(time.time(), 3),
         }
@@ -374,7 +391,7 @@ class _Supervisor:
         )
 
     def _leave_early(self, decision: Decision, history: Sequence[PastLink]) -> LinkOutcome:
-        self._decided(decision)
+        self._decided(decision, history)
         self._drop_ahead()
         return self._outcome(decision, history[-1] if history else None, 0)
 
@@ -412,12 +429,13 @@ class _Supervisor:
     def _submit(self, after: Sequence[str], decision: Decision | None = None) -> str:
         assert self.scheduler is not None and self.journal is not None
         pin_hardware(self.run, self.config, self.scheduler)
+        fresh = decision.exclude_nodes if decision else ()
         spec = job_spec(
             self.run,
             self.config,
             lead_s=self._lead_s(),
             delay_s=decision.delay_s if decision else 0,
-            exclude=decision.exclude_nodes if decision else (),
+            exclude=list(dict.fromkeys([*fresh, *self.avoided]))[: chain.MOST_EXCLUDED],
         )
         job = self.scheduler.submit(spec, after)
         self.submitted.append(job)
@@ -554,14 +572,14 @@ class _Supervisor:
             failure=evidence.failure,
             seconds=seconds,
         )
-        self._write_ended(past)
+        self._write_ended(past, exit_code=code)
         history = self._with_history(story, past)
         settled = cause in (Cause.COMPLETED, Cause.CANCELLED)
         decision = None if settled else self._cancelled_successor(story)
-        decision = decision or chain.decide(history, self.budgets)
+        decision = decision or self._decide(history)
         if decision.kind == "continue":
             decision = self._ensure_successor(decision)
-        self._decided(decision)
+        self._decided(decision, history)
         if decision.kind != "continue":
             self._drop_ahead()
         return self._outcome(decision, past, code)
@@ -604,7 +622,7 @@ class _Supervisor:
             except (SubmissionRejected, Unavailable) as error:
                 refusals.append(str(error))
         reason = f"no next job could be queued: {'; '.join(refusals)}"
-        return Decision(kind="stop", reason=reason, cause=decision.cause)
+        return replace(decision, kind="stop", reason=reason, rule="no_successor")
 
     def _keep_or_submit(self, decision: Decision) -> None:
         assert self.scheduler is not None and self.job.job_id is not None
@@ -628,15 +646,17 @@ class _Supervisor:
         self.scheduler.update(self.job.job_id, requeue=True)
         log.info("next: job %s again (requeued)", self.job.job_id)
 
-    def _decided(self, decision: Decision) -> None:
+    def _decided(self, decision: Decision, history: Sequence[PastLink]) -> None:
         assert self.journal is not None
         self.journal.write(
             "decided",
             decision=decision.kind,
             reason=decision.reason,
             cause=decision.cause.value,
+            rule=decision.rule,
             delay_s=decision.delay_s,
             exclude_nodes=list(decision.exclude_nodes),
+            numbers=decision.numbers or chain.spent(history).to_json(),
         )
         word = {"continue": "goes on", "stop": "stops", "finished": "is finished"}[decision.kind]
         level = logging.WARNING if decision.kind == "stop" else logging.INFO

@@ -17,7 +17,7 @@ ROWS: list[list[str]] = [
     ["errors", "files", "signals", "config", "run_dir", "journal"],
     ["checkpoint", "scheduler", "data"],
     ["training", "chain", "session"],
-    ["story", "history", "status", "display"],
+    ["story", "history", "status", "display", "why"],
     ["rank", "link", "submit", "cancel"],
     ["lm", "adapters", "verify", "rehearse"],
     ["cli", "__main__"],

@@ -33,14 +33,23 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     steps: _AtLeast1 | None = None
     """Save every so many steps; null: not by steps."""
-    minutes: _Positive | None = 30.0
-    """Save when so many minutes have passed since the last save; null: not by time."""
+    minutes: _Positive | Literal["auto"] | None = 30.0
+    """Save when so many minutes have passed since the last save; auto: what saves are measured to
+    cost and failures to lose gives the least loss (see `overhead`); null: not by time."""
+    overhead: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.01
+    """The share of the time that `minutes: auto` may let saves hold training up."""
     each_epoch: bool = True
     """Save at the end of every epoch."""
+    background: bool = True
+    """Train on while a save is being written; one that falls due meanwhile comes after it."""
     keep_last: _AtLeast1 = 5
     """How many of the newest checkpoints are kept."""
     keep_best: _AtLeast0 = 1
     """How many of the best checkpoints are kept besides, where the training names a metric."""
+    keep_every: _AtLeast1 | None = None
+    """Keep for good, besides, the first checkpoint at or after each multiple of so many steps."""
+    on_finish: Literal["keep_all", "keep_final"] = "keep_all"
+    """What stays when training is complete; keep_final: of keep_last only the last one."""
 
 
 class ChainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,6 +63,8 @@ class ChainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Stop after so many links; null: no limit."""
     max_hours: _Positive | None = None
     """Stop when the links together have run so many hours; null: no limit."""
+    max_node_hours: _Positive | None = None
+    """Stop when the links together have used so many hours of nodes; null: no limit."""
     no_progress_links: _AtLeast1 = 3
     """Stop after so many links in a row that committed no new step."""
     max_crashes: _AtLeast0 = 3

@@ -1,0 +1,44 @@
+"""What follows a link: a pure policy. Records of the past in, a decision with its reason out.
+
+No disk, no clock, no scheduler: `history` gathers what is known of a link, `cause_of` says why it
+ended, `decide` reads the table of causes from top to bottom (first match wins), `link` applies
+what it says.
+"""
+
+from hpcresume.chain.causes import (
+    CRASHES,
+    HANG,
+    MEMORY,
+    NODE_CAUSES,
+    NON_FINITE,
+    PLANNED,
+    Cause,
+    Evidence,
+    Failure,
+    cause_named,
+    cause_of,
+)
+from hpcresume.chain.decisions import Budgets, Decision, decide
+from hpcresume.chain.past import MOST_EXCLUDED, PastLink, Spent, bad_nodes, spent
+
+__all__ = [
+    "CRASHES",
+    "HANG",
+    "MEMORY",
+    "MOST_EXCLUDED",
+    "NODE_CAUSES",
+    "NON_FINITE",
+    "PLANNED",
+    "Budgets",
+    "Cause",
+    "Decision",
+    "Evidence",
+    "Failure",
+    "PastLink",
+    "Spent",
+    "bad_nodes",
+    "cause_named",
+    "cause_of",
+    "decide",
+    "spent",
+]

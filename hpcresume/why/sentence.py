@@ -1,0 +1,113 @@
+"""How a run stands, in one sentence."""
+
+from __future__ import annotations
+
+from hpcresume.chain import PLANNED, spent
+from hpcresume.display.tables import clock
+from hpcresume.why.view import BUDGETS, View, node_of, told
+
+#: A sentence is cut where somebody's error message is a page.
+_LONGEST = 300
+
+
+def sentence(view: View) -> str:
+    """How it stands, and why: on one line, not too long, with one full stop at its end."""
+    line = " ".join(_words(view).split()).rstrip(".")
+    return f"{line[:_LONGEST].rstrip()}…" if len(line) > _LONGEST else f"{line}."
+
+
+def _words(view: View) -> str:
+    name, state, step = view.story.run.name, view.status.state, view.status.step
+    at = f"at step {step}"
+    if state == "complete":
+        links = len(view.past)
+        hours = f", {clock(spent(view.past).hours * 3600)} of work" if view.past else ""
+        return f"{name} is complete {at}: {links} link{'s' * (links != 1)}{hours}"
+    if state == "running":
+        total = view.status.total_steps
+        return f"{name} is running {at}{f' of {total}' if total else ''}: {_doing(view)}"
+    if state == "waiting":
+        return f"{name} {_waiting(view, at)}"
+    if state == "stalled":
+        return f"{name} is stalled {at}: {_stalled(view)}"
+    reason = str(view.decided.get("reason", "")) or view.status.why
+    if state == "stopped":
+        who = reason.removeprefix("cancelled ")
+        return (
+            f"{name} was stopped {at}: {reason}"
+            if who == reason
+            else (f"{name} was cancelled {at} {who}")
+        )
+    verb = "rests" if view.cause in PLANNED else "has failed"
+    if view.rule in BUDGETS:
+        verb = "was stopped"
+    return f"{name} {verb} {at}: {reason or 'no reason was recorded'}"
+
+
+def _doing(view: View) -> str:
+    link = view.shown
+    if link is None or not view.lives:
+        return f"job {view.status.job} has begun, and its link is about to"
+    asked = link.last("stop_asked")
+    if link.last("completed"):
+        doing = "the last step is done, the final model is written"
+    elif asked:
+        doing = f"it saves and leaves ({asked.get('reason', 'asked to')})"
+    elif view.status.why == "ending":
+        doing = "its job is ending"
+    elif link.last("started"):
+        doing = "it trains"
+    elif link.last("restored"):
+        doing = "the checkpoint is restored, the first step is prepared"
+    else:
+        doing = "its ranks are starting"
+    job = f", job {view.status.job}" if view.status.job else ""
+    return f"link {link.number}{job} on {node_of(link)}: {doing}"
+
+
+def _waiting(view: View, at: str) -> str:
+    if not view.status.job:
+        unknown = f"stands {at}, and whether a job of it waits or runs is not known"
+        return f"{unknown}: {view.status.why}" if view.status.why else unknown
+    reason = _pending_words(view.status.why)
+    return f"waits {at}: job {view.status.job} is queued{f' ({reason})' if reason else ''}"
+
+
+def _stalled(view: View) -> str:
+    if not view.story.links and not view.story.submissions:
+        return "it was never submitted"
+    if view.status.queued:
+        return "its jobs wait, and nobody starts them"
+    if not view.past:
+        return "no job of it is queued, and none has ever begun"
+    last = view.past[-1]
+    ended = f"link {last.number} ended ({told(last)})"
+    return f"no job is queued and no decision is recorded; {ended}"
+
+
+#: Slurm's reasons for which a job waits, in words.
+_REASONS = {
+    "Resources": "the nodes it needs are busy",
+    "Priority": "other jobs are before it",
+    "Dependency": "it starts when the job before it has ended",
+    "BeginTime": "its start was put off",
+    "JobHeldUser": "its user holds it back",
+    "JobHeldAdmin": "an administrator holds it back",
+    "QOSMaxJobsPerUserLimit": "you already run the most jobs that this QOS allows",
+    "QOSGrpNodeLimit": "the QOS has no more nodes to give now",
+    "AssocMaxJobsLimit": "your account already runs the most jobs that it may",
+    "AssocGrpCPUMinutesLimit": "your account has used up its hours",
+    "AssocGrpBillingMinutes": "your account has used up its hours",
+    "PartitionTimeLimit": "it asks for more time than the partition allows: it will never start",
+    "PartitionNodeLimit": "it asks for more nodes than the partition has: it will never start",
+    "PartitionDown": "the partition is down",
+    "ReqNodeNotAvail": "nodes it needs are down, or reserved for maintenance",
+    "Reservation": "its reservation has not begun",
+    "Licenses": "a licence it needs is taken",
+}
+
+
+def _pending_words(reason: str) -> str:
+    """`Resources: the nodes it needs are busy`; as Slurm says it where no words are known."""
+    word = reason.partition(",")[0].partition(" ")[0]
+    return f"{reason}: {_REASONS[word]}" if word in _REASONS else reason
