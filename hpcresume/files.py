@@ -9,10 +9,12 @@ although the pages are gone); the error goes to the caller and the temporary fil
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
 import secrets
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,16 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view.nbytes:
         view = view[os.write(fd, view) :]
+
+
+def allocate(fd: int, size: int) -> None:
+    """Reserve room on the disk. Raises OSError where there is not enough."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        # Some file systems cannot: then the writes tell.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
 
 
 def write_new(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -106,11 +118,13 @@ class LineWriter:
     A line is one `write`, so that a reader sees it whole or not at all but for the last line of a
     killed writer, which `read_lines` passes over. An append after such a torn line starts afresh.
     What a full disk refused is kept and written first by the next append, from where it was cut.
+    Threads may share a writer.
     """
 
     def __init__(self, path: Path, mode: int = 0o600) -> None:
         self.path = path
         self._unwritten = bytearray()
+        self._lock = threading.Lock()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, mode)
         size = os.fstat(self._fd).st_size
         if not size:
@@ -121,8 +135,10 @@ class LineWriter:
 
     def append(self, *records: Any, sync: bool = False) -> None:
         """Append one line for each record; with `sync` they survive a power loss on return."""
-        self._unwritten += b"".join(to_json(record) for record in records)
-        self._write()
+        lines = b"".join(to_json(record) for record in records)
+        with self._lock:
+            self._unwritten += lines
+            self._write()
         if sync:
             os.fsync(self._fd)
 
@@ -130,9 +146,14 @@ class LineWriter:
         while self._unwritten:
             del self._unwritten[: os.write(self._fd, self._unwritten)]
 
+    def flush(self) -> int:
+        """Write what was refused before; the length of the file now, in bytes."""
+        with self._lock:
+            self._write()
+        return self.size_bytes()
+
     def sync(self) -> None:
         """Make all lines so far survive a power loss."""
-        self._write()
         os.fsync(self._fd)
 
     def size_bytes(self) -> int:
@@ -170,3 +191,12 @@ def size_or_zero(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def size_words(num_bytes: float) -> str:
+    """A size as people read it: "1.2 GB"."""
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} GB"

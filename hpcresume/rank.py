@@ -170,6 +170,8 @@ def serve(
     except BaseException as error:
         how, why, code = "failed", f"{type(error).__name__}: {error}", _exit_code(error)
         _record_failure(berth, session, error, code)
+        if session is not None:
+            session._abandon()
     if berth.journal is not None:
         with contextlib.suppress(OSError):
             berth.journal.write("ended", how=how, reason=why)
@@ -445,6 +447,8 @@ def _close_link(run: RunDir, link: LinkDir, job: str | None) -> None:
         decision="stop" if decision.kind == "continue" else decision.kind,
         reason=decision.reason,
         cause=decision.cause.value,
+        rule=decision.rule,
+        numbers=decision.numbers,
     )
     journal.close()
 

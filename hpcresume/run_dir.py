@@ -9,6 +9,7 @@ code/                    the code at submit
 submissions.jsonl        what `submit`, `resume` and `cancel` did
 trainer_state.json       the newest checkpoint's state plus live progress
 checkpoint-1000/         committed checkpoints
+pinned-1000              keeps that checkpoint, whatever the policy says
 links/0007/              the claim of link 7, its journals, metrics and logs
 jobs/                    batch scripts, job output; the local driver's queue
 final_model/             after completion
@@ -37,6 +38,7 @@ from hpcresume.errors import HpcResumeError, NotFound
 #: Only the names that `RunDir` itself gives: another spelling of a number is something else.
 _LINK = re.compile(r"[0-9]{4}|[1-9][0-9]{4,}")
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+_PIN = re.compile(r"pinned-(0|[1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,18 @@ class RunDir:
             if match and entry.is_dir(follow_symlinks=False):
                 found.append(int(match[1]))
         return sorted(found)
+
+    def pin(self, step: int) -> Path:
+        """Where it exists, the checkpoint of that step is never removed; its content is no matter.
+
+        A file of its own, so that pins come and go without a word to a link that is alive.
+        """
+        return self.path / f"pinned-{step}"
+
+    def pinned_steps(self) -> list[int]:
+        """Steps that are pinned, ascending, whether their checkpoints are there or not."""
+        matches = (_PIN.fullmatch(name) for name in os.listdir(self.path))
+        return sorted(int(match[1]) for match in matches if match)
 
     def link(self, number: int) -> LinkDir:
         """The directory of a link, claimed or not."""

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from hpcresume import files
 from hpcresume.checkpoint import contents, rng
-from hpcresume.checkpoint.cadence import Cadence
+from hpcresume.checkpoint.cadence import cadence_of
 from hpcresume.checkpoint.contents import Contents
 from hpcresume.config import RunConfig
 from hpcresume.errors import CheckpointError, Unavailable, UsageError
@@ -40,6 +40,10 @@ log = logging.getLogger(__name__)
 _PUBLISH_S = 2.0
 #: What a shared file system writes at the least, for the first guess of a save's duration.
 SLOW_DISK_BYTES_S = 100e6
+
+
+#: Saves that may come a little later, or not at all where the one at the deadline is near.
+_PATIENT = frozenset({"steps", "minutes", "auto", "epoch", "asked"})
 
 
 class LinkEnds(BaseException):
@@ -98,10 +102,7 @@ class Session:
         self._metrics = MetricLog(berth.link if berth.ranks.rank == 0 else None)
         self._agreement = Agreement(berth.ranks)
         self._stops = StopWatch(berth)
-        checkpoint = berth.config.checkpoint
-        self._cadence = Cadence(
-            steps=checkpoint.steps, minutes=checkpoint.minutes, each_epoch=checkpoint.each_epoch
-        )
+        self._cadence = cadence_of(berth.config.checkpoint)
         self.args = Args(berth.config.args)
         self.rank = berth.ranks.rank
         self.world_size = berth.ranks.world_size
@@ -460,7 +461,10 @@ class Session:
         due = self._cadence.by_count(self.global_step, epoch_ended=self._last)
         if due is None and self._best_now:
             due = "best"
-        asked = self._save_asked or self._cadence.by_clock(now - self._saver.saved_at)
+        asked = None
+        if not self._saver.settle():
+            since = now - self._saver.saved_at
+            asked = self._save_asked or self._cadence.by_clock(since, self._saver.auto_s)
         why_stop = self._stops.why(now)
         stop, save = self._agreement.exchange(
             self.global_step,
@@ -501,15 +505,21 @@ class Session:
         if self._berth.journal is not None:
             self._berth.journal.write("stop_asked", step=self.global_step, reason=reason)
         self._save("stop")
+        self._saver.wait()
+        if self._rank0:
+            self._publish()
         self._ranks.barrier()
         raise LinkEnds(reason)
 
     # ---- saving -------------------------------------------------------------------------
 
     def _save(self, reason: str) -> None:
-        """Commit the state of this step boundary; on every rank, by the same step."""
+        """Save the state of this step boundary; on every rank, by the same step."""
         self._save_asked = None
         if self.global_step == self._saver.tried_step:
+            return
+        if reason in _PATIENT and not self._ranks.broadcast(self._can_save()):
+            self._save_asked = reason if self._rank0 else None
             return
         # On every rank alike, also where rank 0's disk refuses: the gather needs them all.
         self._saver.tried_step = self.global_step
@@ -525,35 +535,19 @@ class Session:
             "data": [part["data"] for part in parts],
             "machines": [part["machine"] for part in parts],
         }
-        saved = self._saver.commit(
+        self._saver.save(
             progress,
             [part["rng"] for part in parts],
             lambda: self._trainer_state(False),
             metric=self._metric_now,
+            record={"reason": reason, "step_s": round(self._clock.last_step_s, 4)},
         )
         # A state_dict() may draw random numbers; a save must leave no trace in the training.
         rng.restore(own, self._contents.generators)
-        if saved is None:
-            return
-        seconds, size = saved
-        self._clock.saves.append(seconds)
-        assert self._saver.committed is not None
-        self._saver.note(
-            "saved",
-            step=self.global_step,
-            epoch=self.epoch,
-            seconds=round(seconds, 4),
-            bytes=size,
-            reason=reason,
-            digest=self._saver.committed.manifest.digest,
-            step_s=round(self._clock.last_step_s, 4),
-            lead_s=round(self._clock.lead_s(), 2),
-        )
-        epoch = self.epoch + 1 if self._position else max(1, self.epoch)
-        text = (self.global_step, epoch, _size(size), seconds)
-        log.info("saved step %d of epoch %d (%s in %.1f s)", *text)
-        self._saver.prune()
-        self._publish()
+
+    def _can_save(self) -> bool:
+        """Whether a save that can wait may begin: none is being written, and it has the time."""
+        return not self._saver.settle() and self._clock.has_time_for_a_save()
 
     def _progress(self) -> dict[str, Any]:
         return {
@@ -611,6 +605,7 @@ class Session:
                 self._boundary()
         self._agreement.settle()
         self._save("end")
+        self._saver.wait()
         self._metrics.flush()
         if self._berth.journal is not None:
             last = self._saver.committed
@@ -622,9 +617,15 @@ class Session:
             self._saver.finish()
             self._berth.journal.write("completed", step=self.global_step, epoch=self.epoch)
             self._publish(completed=True)
+            self._saver.tidy()
         self._ranks.barrier()
 
+    def _abandon(self) -> None:
+        """Training has failed: a save that was begun is worth its end all the same."""
+        self._saver.close()
+
     def _close(self) -> None:
+        self._saver.close()
         self._metrics.close()
         self._ranks.close()
 
@@ -648,11 +649,3 @@ class Session:
             if name not in ("step", "epoch") and isinstance(value, (int, float))
         )
         log.info("step %d%s: %s (%.1f steps/s)", self.global_step, total, values, rate)
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} GB"

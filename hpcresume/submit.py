@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcresume import files
+from hpcresume.checkpoint.cadence import cadence_of, few_saves
 from hpcresume.checkpoint.manifest import Committed
 from hpcresume.checkpoint.store import Store
 from hpcresume.config import (
@@ -302,6 +303,14 @@ def dry_run(config: RunConfig, root: Path, *, project: Path, environ: Mapping[st
         run, config, lead_s=config.chain.lead_s or _FIRST_LEAD_S, project=project, run_id="RUN-ID"
     )
     return render(spec, config.scheduler, command_line(spec), prepare=prepare_lines(spec))
+
+
+def warn_of_few_saves(config: RunConfig) -> str | None:
+    """What to say where a job saves at its end only; None where it saves often enough."""
+    time_s = None if config.scheduler.time is None else parse_time(config.scheduler.time)
+    if time_s is None:
+        return None
+    return few_saves(cadence_of(config.checkpoint), link_s=time_s)
 
 
 def launch(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> Submission:

@@ -143,9 +143,17 @@ class Ended(NamedTuple):
 
 def make_run(path: Path, **config: Any) -> RunDir:
     """A run in which no link has been begun."""
-    settings = {"name": "run", "train": "train.py:train", "seed": 5, "deterministic": True}
+    settings: dict[str, Any] = {
+        "name": "run",
+        "train": "train.py:train",
+        "seed": 5,
+        "deterministic": True,
+    }
     run = RunDir(path)
-    text = dump(from_mapping({**settings, "max_steps": 3 * PER_EPOCH, **config}, "test"))
+    settings |= {"max_steps": 3 * PER_EPOCH, **config}
+    # So that it is known at each step what is committed.
+    settings["checkpoint"] = {"background": False, **config.get("checkpoint", {})}
+    text = dump(from_mapping(settings, "test"))
     run.create(text, cluster="none", project=path.parent, versions={})
     return run
 

@@ -38,7 +38,7 @@ Train = Callable[[hpcresume.Session], None]
 SETTINGS: dict[str, Any] = {
     "max_steps": 12,
     "seed": 3,
-    "checkpoint": {"steps": 2},
+    "checkpoint": {"steps": 2, "background": False},
     "scheduler": {"cluster": "local"},
 }
 CONFIG = "name: toy\ntrain: toy.py:train\nmax_steps: 10\n"

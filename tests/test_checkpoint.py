@@ -33,6 +33,7 @@ import hpcresume
 from hpcresume import files
 from hpcresume.checkpoint import manifest as manifests
 from hpcresume.checkpoint import writer
+from hpcresume.checkpoint.arena import Arena
 from hpcresume.checkpoint.contents import STATE, Contents
 from hpcresume.checkpoint.manifest import Committed, FileEntry, Manifest, read_committed, verify
 from hpcresume.checkpoint.retention import Policy, to_remove
@@ -74,7 +75,10 @@ def text_files(**contents: Any) -> Write:
     """Writes JSON files, a.json for a=…"""
 
     def write(directory: Path) -> list[FileEntry]:
-        return [writer.write_json(directory / f"{k}.json", v) for k, v in contents.items()]
+        return [
+            writer.write_file(directory / f"{k}.json", files.to_json(v))
+            for k, v in contents.items()
+        ]
 
     return write
 
@@ -130,7 +134,7 @@ def save(store: Store, step: int = 10, **objects: Any) -> Committed:
 
 def keep(store: Store, contents: Contents, step: int = 10) -> Committed:
     """Commit what is registered, as it is now."""
-    return commit(store, step, lambda directory: contents.write(directory, {"step": step}, []))
+    return commit(store, step, contents.stage(Arena(), {"step": step}, [], {}).write)
 
 
 def restore(committed: Committed, **objects: Any) -> list[str]:
@@ -180,9 +184,16 @@ def every_bit_pattern(dtype: torch.dtype) -> torch.Tensor:
     return raw.view(dtype)
 
 
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> FileEntry:
+    (image,) = Arena().stage({path.name: tensors}, metadata)
+    return writer.write_file(path, image.content)
+
+
 def written(path: Path, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
     """Tensors as another tool reads them from our file."""
-    writer.write_safetensors(path / "x.safetensors", tensors, {"format": "pt"})
+    write_tensors(path / "x.safetensors", tensors, {"format": "pt"})
     return load_file(path / "x.safetensors")
 
 
@@ -240,7 +251,7 @@ MIXED = {
 
 @pytest.mark.parametrize("length", range(8))
 def test_every_tensor_lies_aligned_in_its_file(tmp_path: Path, length: int) -> None:
-    writer.write_safetensors(tmp_path / "x", MIXED, {"text": "x" * length})
+    write_tensors(tmp_path / "x", MIXED, {"text": "x" * length})
     data = (tmp_path / "x").read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
@@ -254,7 +265,7 @@ def test_file_without_tensors_is_a_safetensors_file(tmp_path: Path) -> None:
 
 def test_digests_of_a_tensor_file_are_those_of_its_bytes(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    entry = writer.write_safetensors(path, {"x": torch.zeros(9 << 20, dtype=torch.uint8)}, {})
+    entry = write_tensors(path, {"x": torch.zeros(9 << 20, dtype=torch.uint8)}, {})
     assert (entry.bytes, entry.chunks) == manifests.hash_stream(manifests.read_pieces(path))
     assert len(entry.chunks) == 2
 
@@ -262,7 +273,7 @@ def test_digests_of_a_tensor_file_are_those_of_its_bytes(tmp_path: Path) -> None
 def test_tensor_file_never_replaces_another(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("old")
     with pytest.raises(FileExistsError):
-        writer.write_safetensors(tmp_path / "x", {}, {})
+        write_tensors(tmp_path / "x", {}, {})
 
 
 class Wrapping(torch.Tensor):
@@ -349,6 +360,9 @@ def shape_of(state: Any) -> str:
         return f"{{{', '.join(f'{k!r}: {shape_of(v)}' for k, v in state.items())}}}"
     if isinstance(state, (list, tuple)):
         return f"{type(state).__name__}({', '.join(map(shape_of, state))})"
+    if isinstance(state, (set, frozenset)):
+        # The order of texts in a set is another one in each process.
+        return f"{{{', '.join(sorted(map(shape_of, state)))}}}"
     return repr(state)
 
 
@@ -1000,7 +1014,7 @@ def test_finished_model_is_made_of_weights_values_and_tokenizer(store: Store) ->
     }
     for name, value in objects.items():
         contents.add(name, value)
-    committed = commit(store, 10, lambda directory: contents.write(directory, {}, []))
+    committed = commit(store, 10, contents.stage(Arena(), {}, [], {}).write)
     assert sorted(contents.model_files(committed)) == [
         *("config.json", "model.safetensors", "vocab.txt"),
     ]
@@ -2002,6 +2016,7 @@ OBJECTS = """
 import sys
 from pathlib import Path
 import torch
+from hpcresume.checkpoint.arena import Arena
 from hpcresume.checkpoint.contents import Contents
 from hpcresume.checkpoint.store import Store
 from hpcresume.journal import Lineage
@@ -2018,8 +2033,8 @@ contents.add("model", torch.nn.Linear(2, 2))
 contents.add("config", {"a": 1})
 contents.add("tokenizer", Tokenizer())
 committed = Store(RunDir(Path(sys.argv[1])), "r").commit(
-    lambda directory: contents.write(directory, {}, []), step=20, epoch=0, link=1, parent=None,
-    metric=None, lineage=Lineage(), fence=lambda: None)
+    contents.stage(Arena(), {}, [], {}).write, step=20, epoch=0, link=1, parent=None, metric=None,
+    lineage=Lineage(), fence=lambda: None)
 print(*(entry.name for entry in committed.manifest.files))
 """
 

@@ -30,7 +30,11 @@ from hpcresume.story import read_story
 from hpcresume.submit import OPTIMIZER_OPTIONS, ready_to_resume
 
 #: Ten steps an epoch, and a checkpoint after each 9 steps and each epoch.
-SMALL: dict[str, Any] = {"args": {"size": 80, "fail_at": -1}, "scheduler": {"cluster": "local"}}
+SMALL: dict[str, Any] = {
+    "args": {"size": 80, "fail_at": -1},
+    "scheduler": {"cluster": "local"},
+    "checkpoint": {"steps": 9, "background": False},
+}
 BROKEN: dict[str, Any] = {"args": {"fail_at": 29}, "chain": {"max_links": 1}}
 #: What mends BROKEN.
 MENDED = ("--set", "args.fail_at=-1", "--set", "chain.max_links=null")

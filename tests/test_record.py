@@ -120,18 +120,18 @@ def test_step_without_values_has_no_line(link: LinkDir) -> None:
     assert lines(link) == []
 
 
-def test_length_after_sync_is_that_of_all_lines(link: LinkDir) -> None:
+def test_length_of_what_is_written_is_that_of_all_lines(link: LinkDir) -> None:
     log = MetricLog(link)
     log.add({"x": 1})
     log.end_step(1, 0)
-    assert log.sync() == link.metrics.stat().st_size > 0
+    assert log.written() == link.metrics.stat().st_size > 0
 
 
 def test_rank_without_a_log_writes_nothing() -> None:
     log = MetricLog(None)
     log.add({"x": object()})
     log.end_step(1, 0)
-    assert log.sync() == 0
+    assert log.written() == 0
 
 
 def test_every_step_has_one_whole_line_after_a_disk_was_full(link: LinkDir) -> None:
@@ -141,7 +141,7 @@ def test_every_step_has_one_whole_line_after_a_disk_was_full(link: LinkDir) -> N
         log.end_step(step, 0)
         with full_disk(15 * step):
             log.flush()
-    log.sync()
+    log.written()
     assert [line["step"] for line in lines(link)] == list(range(1, 8))
 
 
@@ -156,21 +156,21 @@ def test_full_disk_does_not_end_training_at_a_flush(
     assert "metrics wait in memory" in caplog.text
 
 
-def test_full_disk_is_an_error_of_the_sync_before_a_save(link: LinkDir) -> None:
+def test_full_disk_is_an_error_before_a_save(link: LinkDir) -> None:
     log = MetricLog(link)
     log.add({"x": 1})
     log.end_step(1, 0)
     with full_disk(5), pytest.raises(OSError, match="File too large"):
-        log.sync()
+        log.written()
 
 
-def test_sync_writes_what_a_full_disk_refused_before(link: LinkDir) -> None:
+def test_look_at_what_is_written_writes_what_a_full_disk_refused_before(link: LinkDir) -> None:
     log = MetricLog(link)
     log.add({"x": 1})
     log.end_step(1, 0)
     with full_disk(5):
         log.flush()
-    assert log.sync() == link.metrics.stat().st_size
+    assert log.written() == link.metrics.stat().st_size
     assert [line["step"] for line in lines(link)] == [1]
 
 

@@ -149,7 +149,11 @@ def new_chain(cluster: SlurmCluster, folder: Path, **changes: Any) -> Chain:
 
 # ---- the main job --------------------------------------------------------------------------
 
-QUICK = ("--set", "max_steps=100", "--set", "args.batch_size=4")
+#: A link has ten seconds here, which a busy machine may need for its start alone.
+QUICK = (
+    *("--set", "max_steps=100", "--set", "args.batch_size=4"),
+    *("--set", "chain.no_progress_links=10"),
+)
 
 
 def quickstart_uncut(folder: Path) -> dict[str, Any]:

@@ -7,10 +7,10 @@ JSON value to `<name>.json`; a tokenizer writes its own files.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 
 from hpcresume import files
 from hpcresume.checkpoint import reader, rng, writer
+from hpcresume.checkpoint.arena import Arena, Image
 from hpcresume.checkpoint.manifest import Committed, FileEntry, hash_stream
 from hpcresume.checkpoint.tensors import (
     Split,
@@ -37,6 +38,41 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,60}")
 _METADATA = {"format": "pt"}
 #: What a file of buffers that no state dict holds is called after the module's name.
 _BUFFERS = ".buffers"
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A save that needs the live objects no more."""
+
+    images: list[Image]
+    others: dict[str, bytes]
+    """What is not tensors, by the file's name."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all files."""
+        content = [image.content for image in self.images]
+        return sum(map(len, content)) + sum(map(len, self.others.values()))
+
+    @property
+    def num_files(self) -> int:
+        """How many files it will be."""
+        return len(self.images) + len(self.others)
+
+    def write(self, directory: Path) -> list[FileEntry]:
+        """Write everything into an empty directory, fsynced. Raises OSError."""
+        entries = []
+        folders = set()
+        contents: dict[str, bytes | memoryview] = {i.name: i.content for i in self.images}
+        for name, content in {**contents, **self.others}.items():
+            path = directory / name
+            if path.parent != directory:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                folders.add(path.parent)
+            entries.append(replace(writer.write_file(path, content), name=name))
+        for folder in folders:
+            files.fsync_dir(folder)
+        return entries
 
 
 class Contents:
@@ -88,48 +124,53 @@ class Contents:
                 total += sum(t.numel() * t.element_size() for t in tensors)
         return total
 
-    def write(
-        self, directory: Path, progress: Mapping[str, Any], states: Sequence[Any]
-    ) -> list[FileEntry]:
-        """Write everything into an empty directory, fsynced. Raises OSError.
+    def stage(
+        self,
+        arena: Arena,
+        progress: Mapping[str, Any],
+        states: Sequence[Any],
+        more: Mapping[str, Any],
+    ) -> Staged:
+        """Take everything as it is now; what is changed afterwards is not in it.
 
-        `states` are the random states of all ranks.
+        `states` are the random states of all ranks, `more` further JSON files by name.
         """
-        entries: list[FileEntry] = []
+        tensors: dict[str, Mapping[str, torch.Tensor]] = {}
         objects: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for name, value in self._objects.items():
             if _is_stateful(value):
                 state = _take(name, value)
                 objects[name] = {"tree": state.tree, "aliases": state.aliases}
                 if state.tensors:
-                    path = directory / f"{name}.safetensors"
-                    entries.append(writer.write_safetensors(path, state.tensors, _METADATA))
+                    tensors[f"{name}.safetensors"] = state.tensors
                 moved = self._moved_buffers(name, value)
                 if moved:
-                    path = directory / f"{name}{_BUFFERS}.safetensors"
-                    entries.append(writer.write_safetensors(path, moved, _METADATA))
+                    tensors[f"{name}{_BUFFERS}.safetensors"] = moved
             elif not _is_tokenizer(value):
-                entries.append(writer.write_json(directory / f"{name}.json", value))
-        entries.append(writer.write_json(directory / RNG, list(states)))
-        entries.append(
-            writer.write_json(
-                directory / STATE,
-                {
-                    "progress": dict(progress),
-                    "objects": objects,
-                    "values": [name for name in self._objects if name not in objects],
-                    "moved": [
-                        name
-                        for name, begun in self._begun_with.items()
-                        if not reader.same_tree(begun, _as_json(self._objects[name]))
-                    ],
-                },
-            )
-        )
+                values[f"{name}.json"] = value
+        values[RNG] = list(states)
+        values[STATE] = {
+            "progress": dict(progress),
+            "objects": objects,
+            "values": [name for name in self._objects if name not in objects],
+            "moved": [
+                name
+                for name, begun in self._begun_with.items()
+                if not reader.same_tree(begun, _as_json(self._objects[name]))
+            ],
+        }
+        written = {n: files.to_json(v, indent=1) for n, v in {**values, **more}.items()}
         for name, value in self._objects.items():
             if _is_tokenizer(value) and not _is_stateful(value):
-                entries += _write_tokenizer(name, value, directory)
-        return entries
+                own = _tokenizer_files(value)
+                for file in own.keys() & (written.keys() | tensors.keys()):
+                    raise CheckpointError(
+                        f"'{name}' writes {file}, which another registered object writes as well: "
+                        f"register one of them only, or under another name."
+                    )
+                written |= own
+        return Staged(arena.stage(tensors, _METADATA), written)
 
     def restore(self, name: str, committed: Committed, state: Mapping[str, Any]) -> list[str]:
         """Load one object from a checkpoint; returns sentences about what differs.
@@ -197,26 +238,13 @@ class Contents:
         return [n for n in names if n in kept or (n not in stateful and n not in ours)]
 
 
-def _write_tokenizer(name: str, tokenizer: Any, directory: Path) -> list[FileEntry]:
-    """Let a tokenizer write its files, in a folder of its own first, so that it replaces none."""
-    folder = directory / ".tokenizer"
-    folder.mkdir(mode=0o700)
-    tokenizer.save_pretrained(str(folder))
-    entries = []
-    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
-        target = directory / path.relative_to(folder)
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if target.exists():
-            raise CheckpointError(
-                f"'{name}' writes {target.relative_to(directory)}, which another registered object "
-                f"writes as well: register one of them only, or under another name."
-            )
-        os.rename(path, target)
-        entries.append(writer.adopt(target, str(target.relative_to(directory))))
-        if target.parent != directory:
-            files.fsync_dir(target.parent)
-    shutil.rmtree(folder)
-    return entries
+def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """What a tokenizer writes, by name relative to its folder."""
+    with tempfile.TemporaryDirectory(prefix="hpcresume-tokenizer-") as name:
+        tokenizer.save_pretrained(name)
+        folder = Path(name)
+        paths = sorted(path for path in folder.rglob("*") if not path.is_dir())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def _take(name: str, value: Any) -> Split:

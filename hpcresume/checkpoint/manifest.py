@@ -176,6 +176,11 @@ def read_committed(path: Path, lineage: Lineage) -> Committed:
     return Committed(path, manifest)
 
 
+def digest_of(chunk: bytes | memoryview) -> str:
+    """The digest of one chunk."""
+    return xxhash.xxh3_128_hexdigest(chunk)
+
+
 class ChunkHasher:
     """Digests of a stream, one for each 8 MiB."""
 

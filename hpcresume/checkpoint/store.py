@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from hpcresume import files
+from hpcresume.checkpoint import disk, retention
 from hpcresume.checkpoint import manifest as manifests
-from hpcresume.checkpoint import retention
 from hpcresume.checkpoint.manifest import Committed, FileEntry, Manifest
 from hpcresume.errors import CheckpointError, HpcResumeError
 from hpcresume.journal import Lineage
@@ -150,20 +150,50 @@ class Store:
             raise
 
     def prune(self, lineage: Lineage, policy: retention.Policy) -> list[int]:
-        """Remove what the policy lets go; returns the steps. A failed removal is only logged."""
-        removed = []
+        """Remove what the policy lets go; returns the steps. A failed removal is only logged.
+
+        The newest is verified first: where it is not as it was written, all others stay.
+        """
+        present = self.committed(lineage)
+        pinned = self.run.pinned_steps()
+        going = retention.to_remove([found.manifest for found in present], policy, pinned=pinned)
+        if not going:
+            return []
+        try:
+            manifests.verify(present[-1])
+        except CheckpointError as error:
+            log.error("checkpoint-%d is damaged: %s; the older ones stay", present[-1].step, error)
+            return []
+        return [step for step in going if self._remove(step)]
+
+    def _remove(self, step: int) -> bool:
+        if self.run.pin(step).exists():
+            return False
+        try:
+            disk.remove(self.run, step)
+        except OSError as error:
+            log.warning("could not remove checkpoint-%d: %s", step, error)
+            return False
+        return True
+
+    def make_room(
+        self, lineage: Lineage, policy: retention.Policy, *, num_bytes: int, num_files: int
+    ) -> str | None:
+        """Remove before a commit what the policy lets go after it, where the disk needs that.
+
+        Returns why there is not enough room all the same. Raises OSError.
+        """
         present = [found.manifest for found in self.committed(lineage)]
-        for step in retention.to_remove(present, policy):
-            # Renamed first: a removal that is cut half-way leaves no damaged checkpoint behind.
-            doomed = self.run.partial(f"removed-{step}.0000")
-            try:
-                os.rename(self.run.checkpoint(step), doomed)
-                shutil.rmtree(doomed)
-            except OSError as error:
-                log.warning("could not remove checkpoint-%d: %s", step, error)
-                continue
-            removed.append(step)
-        return removed
+        going = retention.to_make_room(present, policy, pinned=self.run.pinned_steps())
+        plan = disk.preflight(
+            [disk.room_of_disk(self.run.path)],
+            needed_bytes=num_bytes,
+            needed_files=num_files,
+            candidates=disk.holdings(present, going),
+        )
+        for step in plan.remove:
+            self._remove(step)
+        return plan.refusal
 
     def finish(self, last: Committed, names: Sequence[str]) -> None:
         """Make `final_model/` of some files of a checkpoint, verified while they are copied.

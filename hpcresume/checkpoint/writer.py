@@ -1,8 +1,4 @@
-"""Writes a state as files: safetensors from the tensors' own memory, hashed on the way.
-
-No second copy of the payload is made: each tensor's memory goes to the file descriptor in pieces.
-Only what is not contiguous on the CPU is copied first, one tensor at a time.
-"""
+"""The bytes of a safetensors file, and a file that is hashed while it is written."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from pathlib import Path
 import torch
 
 from hpcresume import files
-from hpcresume.checkpoint.manifest import CHUNK_BYTES, ChunkHasher, FileEntry, read_pieces
+from hpcresume.checkpoint.manifest import CHUNK_BYTES, FileEntry, digest_of
 from hpcresume.errors import CheckpointError
 
 #: The names of safetensors' own specification.
@@ -69,7 +65,10 @@ def header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
 def stream(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> Iterator[memoryview]:
-    """The bytes of the file, in pieces of at most one chunk."""
+    """The bytes of the file, in pieces of at most one chunk, from the tensors' own memory.
+
+    Only what is not contiguous on the CPU is copied first, one tensor at a time.
+    """
     yield memoryview(header(tensors, metadata))
     for name in layout(tensors):
         tensor = tensors[name].detach()
@@ -85,42 +84,20 @@ def stream(
             yield view[start : start + CHUNK_BYTES]
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], rank: int = 0
-) -> FileEntry:
-    """Write and fsync a safetensors file. Raises OSError."""
-    hasher = ChunkHasher()
+def write_file(path: Path, content: bytes | memoryview, rank: int = 0) -> FileEntry:
+    """Write and fsync a file, hashed on the way. Raises OSError."""
+    view = memoryview(content).cast("B")
+    chunks = []
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        for piece in stream(tensors, metadata):
-            hasher.update(piece)
-            files.write_all(fd, piece)
+        if view.nbytes:
+            # A disk that is too small says so before anything is written.
+            files.allocate(fd, view.nbytes)
+        for start in range(0, view.nbytes, CHUNK_BYTES):
+            chunk = view[start : start + CHUNK_BYTES]
+            chunks.append(digest_of(chunk))
+            files.write_all(fd, chunk)
         os.fsync(fd)
     finally:
         os.close(fd)
-    return FileEntry(name=path.name, bytes=hasher.bytes, chunks=hasher.chunks(), rank=rank)
-
-
-def write_json(path: Path, value: object, rank: int = 0) -> FileEntry:
-    """Write and fsync a JSON file. Raises OSError."""
-    data = files.to_json(value, indent=1)
-    files.write_new(path, data)
-    hasher = ChunkHasher()
-    hasher.update(data)
-    return FileEntry(name=path.name, bytes=len(data), chunks=hasher.chunks(), rank=rank)
-
-
-def adopt(path: Path, name: str, rank: int = 0) -> FileEntry:
-    """The entry, as `name`, of a file that other code has written and that is fsynced here.
-
-    Raises OSError.
-    """
-    hasher = ChunkHasher()
-    for piece in read_pieces(path):
-        hasher.update(piece)
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    return FileEntry(name=name, bytes=hasher.bytes, chunks=hasher.chunks(), rank=rank)
+    return FileEntry(name=path.name, bytes=view.nbytes, chunks=tuple(chunks), rank=rank)

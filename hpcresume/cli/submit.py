@@ -95,6 +95,9 @@ def begin(run: RunDir, config: RunConfig, *, detach: bool) -> int:
     """Queue the run's next job and say so; drive it here where the backend is this machine."""
     from hpcresume import submit as verbs
 
+    warning = verbs.warn_of_few_saves(config)
+    if warning is not None:
+        click.echo(warning, err=True)
     submission = verbs.launch(run, config, os.environ)
     if submission.scheduler is None or submission.job is None:
         outcome = verbs.run_debug(run)

@@ -85,6 +85,11 @@ class Clock:
                 self._end = None if end is None else _monotonic(float(end))
         return None if self._end is None else self._end - now
 
+    def has_time_for_a_save(self) -> bool:
+        """Whether a save that begins now is over before the last one must begin."""
+        remaining = self.remaining_s()
+        return remaining is None or remaining - self.lead_s() > max(self.saves, default=0.0)
+
     def due(self) -> bool:
         """Whether the deadline is reached."""
         remaining = self.remaining_s()

@@ -81,13 +81,15 @@ class MetricLog:
         except OSError as error:
             log.warning("the metrics wait in memory, their file cannot be written: %s", error)
 
-    def sync(self) -> int:
-        """Flush, fsync; the length of the log in bytes. Raises OSError."""
+    def written(self) -> int:
+        """Flush; the length of the log in bytes. Raises OSError where the disk refuses."""
         self.flush()
-        if self._lines is None:
-            return 0
-        self._lines.sync()
-        return self._lines.size_bytes()
+        return 0 if self._lines is None else self._lines.flush()
+
+    def sync(self) -> None:
+        """Make what is written survive a power loss; from any thread. Raises OSError."""
+        if self._lines is not None:
+            self._lines.sync()
 
     def close(self) -> None:
         """Flush and give the file back."""

@@ -1,25 +1,52 @@
-"""The checkpoints of one link: the one that it begins with, and those that it commits."""
+"""The checkpoints of one link: the one that it begins with, and those that it commits.
+
+A save takes the state at a step boundary; a thread hashes, writes and commits it while training
+goes on. There is one at a time.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from hpcresume import files
-from hpcresume.checkpoint import contents, writer
-from hpcresume.checkpoint.contents import Contents
-from hpcresume.checkpoint.manifest import Committed, FileEntry, read_committed
-from hpcresume.checkpoint.retention import Policy
+from hpcresume.checkpoint import contents
+from hpcresume.checkpoint.arena import Arena
+from hpcresume.checkpoint.cadence import (
+    PRIOR_MTBF_S,
+    UNMEASURED_S,
+    Measured,
+    auto_interval,
+    average,
+    mean_time_between_failures,
+)
+from hpcresume.checkpoint.contents import Contents, Staged
+from hpcresume.checkpoint.manifest import Committed, read_committed
+from hpcresume.checkpoint.retention import Policy, policy_of
 from hpcresume.checkpoint.store import Store
 from hpcresume.errors import CheckpointError, Fenced
-from hpcresume.journal import Lineage, Segment, segments_from_json, segments_to_json
+from hpcresume.journal import (
+    Lineage,
+    Segment,
+    read_chain,
+    segments_from_json,
+    segments_to_json,
+)
+from hpcresume.scheduler.environment import node_names
 from hpcresume.training.berth import Berth
 from hpcresume.training.record import MetricLog
 
 log = logging.getLogger(__name__)
+
+#: Priority of the thread that writes, below that of training.
+_NICE = 10
 
 
 class Saver:
@@ -35,7 +62,14 @@ class Saver:
         self._contents = registered
         self._metrics = metrics
         checkpoint = berth.config.checkpoint
-        self._policy = Policy(last=checkpoint.keep_last, best=checkpoint.keep_best)
+        self._policy = policy_of(checkpoint)
+        self._stalls: deque[float] = deque(maxlen=32)
+        self._mtbf_s = PRIOR_MTBF_S
+        self.auto_s = UNMEASURED_S
+        """Seconds from one save to the next, where the run's saves are to find that themselves."""
+        self._arena = Arena()
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=give_way)
+        self._writing: Future[None] | None = None
         self.saved_at = time.monotonic()
         self.committed = self._find()
         self.state: dict[str, Any] | None = None
@@ -43,6 +77,8 @@ class Saver:
             self.state = files.read_json(self.committed.path / contents.STATE)
         self.tried_step = 0 if self.state is None else self.progress["global_step"]
         self._lineage = self._adopt()
+        if checkpoint.minutes == "auto" and berth.ranks.rank == 0:
+            self._mtbf_s = _mtbf_s(berth)
 
     @property
     def progress(self) -> dict[str, Any]:
@@ -110,77 +146,158 @@ class Saver:
 
     # ---- saving -------------------------------------------------------------------------
 
-    def commit(
+    def settle(self) -> bool:
+        """Whether a save is still being written; raises what the last one raised."""
+        if self._writing is None:
+            return False
+        if self._writing.done():
+            self.wait()
+            return False
+        return True
+
+    def wait(self) -> None:
+        """Wait for the save that is being written. Raises Fenced, CheckpointError."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def save(
         self,
         progress: dict[str, Any],
         rng: list[Any],
         trainer_state: Callable[[], Mapping[str, Any]],
         *,
         metric: dict[str, Any] | None,
-    ) -> tuple[float, int] | None:
-        """Make a checkpoint of what is registered; on rank 0.
+        record: Mapping[str, Any],
+    ) -> None:
+        """Take what is registered as it is now, and write it in the background; on rank 0.
 
-        Returns the seconds that it took and its bytes; None where the disk refuses, which is
-        journalled: the checkpoints before it stay.
+        Waits for the save before it. `record` goes into the journal. What the disk refuses is
+        journalled: training goes on, and the checkpoints before it stay. Raises what `wait` does.
         """
-        step = progress["global_step"]
+        self.wait()
         began = time.monotonic()
         try:
-            metrics_bytes = self._metrics.sync()
-            number = self._berth.link.number
-            segments = self._lineage.extended(number, step, metrics_bytes)
-            self._metrics.remember()
-            progress |= {
-                "lineage": segments_to_json(segments),
-                "history": self._metrics.history,
-            }
+            segments = self._lineage.extended(
+                self._berth.link.number, progress["global_step"], self._metrics.written()
+            )
+        except OSError as error:
+            self._refused(progress["global_step"], error)
+            return
+        self._metrics.remember()
+        progress |= {"lineage": segments_to_json(segments), "history": self._metrics.history}
+        more = {
+            "trainer_state.json": trainer_state(),
+            "training_args.json": self._berth.config.args,
+        }
+        staged = self._contents.stage(self._arena, progress, rng, more)
+        self.saved_at = time.monotonic()
+        self._stalls.append(self.saved_at - began)
+        record = {**record, "stall": round(self._stalls[-1], 4)}
+        self._writing = self._thread.submit(self._write, staged, progress, metric, record, began)
+        if not self._berth.config.checkpoint.background:
+            self.wait()
+
+    def _write(
+        self,
+        staged: Staged,
+        progress: Mapping[str, Any],
+        metric: dict[str, Any] | None,
+        record: Mapping[str, Any],
+        began: float,
+    ) -> None:
+        """Commit what was taken; in the thread."""
+        step, epoch = progress["global_step"], progress["epoch"]
+        try:
+            self._metrics.sync()
+            self._make_room(staged, step)
             self.committed = self._store.commit(
-                lambda directory: self._write(directory, progress, rng, trainer_state()),
+                staged.write,
                 step=step,
-                epoch=progress["epoch"],
-                link=number,
+                epoch=epoch,
+                link=self._berth.link.number,
                 parent=None if self.committed is None else self.committed.manifest.digest,
                 metric=metric,
                 lineage=self._lineage,
                 fence=self.fence,
             )
         except OSError as error:
-            words = f"{error.strerror or error} ({error.filename or self._berth.run.path})"
-            log.error(
-                "step %d could not be saved: %s; training goes on, the checkpoints before it stay",
-                step,
-                words,
-            )
-            self.note("save_failed", step=step, reason=words)
-            return None
-        finally:
-            self.saved_at = time.monotonic()
-        return time.monotonic() - began, self.committed.manifest.payload_bytes
+            self._refused(step, error)
+            return
+        seconds = time.monotonic() - began
+        clock = self._berth.clock
+        clock.saves.append(seconds)
+        size = self.committed.manifest.payload_bytes
+        self.note(
+            "saved",
+            step=step,
+            epoch=epoch,
+            seconds=round(seconds, 4),
+            bytes=size,
+            digest=self.committed.manifest.digest,
+            lead_s=round(clock.lead_s(), 2),
+            **record,
+        )
+        number = epoch + 1 if progress["position"] else max(1, epoch)
+        text = (step, number, files.size_words(size), seconds)
+        log.info("saved step %d of epoch %d (%s in %.1f s)", *text)
+        self._prune(self._policy)
+        self.auto_s = self._interval_s(record["step_s"])
 
-    def _write(
-        self,
-        directory: Path,
-        progress: Mapping[str, Any],
-        rng: list[Any],
-        trainer_state: Mapping[str, Any],
-    ) -> list[FileEntry]:
-        entries = self._contents.write(directory, progress, rng)
-        entries.append(writer.write_json(directory / "trainer_state.json", trainer_state))
-        args = self._berth.config.args
-        entries.append(writer.write_json(directory / "training_args.json", args))
-        return entries
+    def _make_room(self, staged: Staged, step: int) -> None:
+        """A forecast: where it is wrong (a quota, other people's files), the write itself tells."""
+        refusal = self._store.make_room(
+            self._lineage,
+            self._policy,
+            num_bytes=staged.size_bytes,
+            num_files=staged.num_files + 2,
+        )
+        if refusal is not None:
+            log.warning("step %d may find no room: %s", step, refusal)
 
-    def prune(self) -> None:
+    def _interval_s(self, step_s: float) -> float:
+        stall_s, persist_s = average(self._stalls), average(self._berth.clock.saves)
+        if stall_s is None or persist_s is None:
+            return UNMEASURED_S
+        clock = self._berth.clock
+        left = clock.remaining_s()
+        since = time.monotonic() - self.saved_at
+        return auto_interval(
+            Measured(stall_s=stall_s, persist_s=persist_s, step_s=step_s),
+            mtbf_s=self._mtbf_s,
+            overhead=self._berth.config.checkpoint.overhead,
+            until_deadline_s=None if left is None else max(1.0, since + left - clock.lead_s()),
+        )
+
+    def _refused(self, step: int, error: OSError) -> None:
+        words = f"{error.strerror or error} ({error.filename or self._berth.run.path})"
+        log.error(
+            "step %d could not be saved: %s; training goes on, the checkpoints before it stay",
+            step,
+            words,
+        )
+        self.saved_at = time.monotonic()
+        self.note("save_failed", step=step, reason=words)
+
+    def _prune(self, policy: Policy) -> None:
         """Remove what need not be kept any more."""
-        removed = self._store.prune(self._lineage, self._policy)
+        removed = self._store.prune(self._lineage, policy)
         if removed:
             log.debug("removed the checkpoints of steps %s", ", ".join(map(str, removed)))
+
+    def close(self) -> None:
+        """Let a save that is being written come to its end."""
+        self._thread.shutdown()
 
     def finish(self) -> None:
         """Make the finished model of the newest checkpoint. Raises OSError, CheckpointError."""
         assert self.committed is not None
         self.fence()
         self._store.finish(self.committed, self._contents.model_files(self.committed))
+
+    def tidy(self) -> None:
+        """Remove what a complete run need not keep."""
+        self._prune(policy_of(self._berth.config.checkpoint, complete=True))
 
     def fence(self) -> None:
         """Raise Fenced where a newer link has claimed the run."""
@@ -199,6 +316,29 @@ class Saver:
             self._berth.journal.write(kind, **fields)
         except OSError as error:
             log.error("the journal cannot be written: %s", error)
+
+
+#: Ends that lost no work, because a save came before them.
+_HARMLESS = frozenset({"completed", "deadline", "stopped", "cancelled", "time limit"})
+
+
+def _mtbf_s(berth: Berth) -> float:
+    """The mean time between failures, as this run's links tell."""
+    ended = [link.last("ended") for link in read_chain(berth.run)]
+    told = [record for record in ended if record is not None and "cause" in record]
+    claim = files.read_json_or_none(berth.link.claim)
+    nodes = claim.get("nodes") if isinstance(claim, dict) else None
+    return mean_time_between_failures(
+        num_nodes=len(node_names(str(nodes or ""))),
+        failures=sum(record["cause"] not in _HARMLESS for record in told),
+        observed_s=sum(float(record.get("seconds") or 0.0) for record in told),
+    )
+
+
+def give_way() -> None:
+    """Let training have the processors: on Linux each thread has a priority of its own."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _age(seconds: float) -> str:

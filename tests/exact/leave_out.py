@@ -160,21 +160,21 @@ def value(name: str) -> LeaveOut:
 
 def tokenizer(patch: pytest.MonkeyPatch) -> None:
     """A tokenizer is not saved."""
-    patch.setattr(contents, "_write_tokenizer", lambda *_: [])
+    patch.setattr(contents, "_tokenizer_files", lambda _: {})
 
 
 def of_state(key: str) -> LeaveOut:
     """A part of state.json is not saved."""
 
     def leave_out(patch: pytest.MonkeyPatch) -> None:
-        write = contents.writer.write_json
+        to_json = files.to_json
 
-        def write_without(path: Path, content: Any, rank: int = 0) -> Any:
-            if path.name == contents.STATE:
-                content = {k: v for k, v in content.items() if k != key}
-            return write(path, content, rank)
+        def to_json_without(value: Any, *, indent: int | None = None) -> bytes:
+            if isinstance(value, dict) and {"progress", "objects"} <= value.keys():
+                value = {k: v for k, v in value.items() if k != key}
+            return to_json(value, indent=indent)
 
-        patch.setattr(contents.writer, "write_json", write_without)
+        patch.setattr(files, "to_json", to_json_without)
 
     return leave_out
 

@@ -46,8 +46,13 @@ class Killed(BaseException):
     """Stands for SIGKILL in a process that must live on."""
 
 
-def make_run(path: Path, cell: Cell, backend: str = "aot_eager") -> RunDir:
-    """A run directory for a cell; `backend` is torch.compile's."""
+def make_run(
+    path: Path, cell: Cell, backend: str = "aot_eager", *, background: bool = False
+) -> RunDir:
+    """A run directory for a cell; `backend` is torch.compile's.
+
+    Without `background`, it is known at each step what is committed.
+    """
     config = {
         "name": path.name,
         "train": "program.py:train",
@@ -55,7 +60,7 @@ def make_run(path: Path, cell: Cell, backend: str = "aot_eager") -> RunDir:
         "seed": 5,
         "epochs": EPOCHS,
         "deterministic": True,
-        "checkpoint": {"steps": 4, "minutes": None},
+        "checkpoint": {"steps": 4, "minutes": None, "background": background},
         "log": {"every_steps": 5},
     }
     run = RunDir(path)

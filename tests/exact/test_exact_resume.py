@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from cells import EVALUATE_EVERY, Cell, pairwise, product
-from cuts import EVERY, KINDS, SCHEDULES, Cut
+from cuts import EVERY, KINDS, SCHEDULES, Cut, after
 from links import Link, RankPool, link_alone, link_here, make_run, run_chain
 from oracle import assert_equivalent, differing, fingerprint
 
@@ -94,6 +94,25 @@ def test_chain_of_fresh_processes_gives_the_bytes_of_the_uncut_run(
     tmp_path: Path, cell: Cell, cuts: tuple[Cut, ...]
 ) -> None:
     assert_exact(tmp_path, cell, cuts, link_alone, compiler(cell))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        Cell(noise="workers-1", accumulate=3, ema=True),
+        Cell("sgd", "bf16", "batchnorm"),
+        pytest.param(Cell("adamw", "scaled", accumulate=4, ranks=2), marks=SHARED),
+    ],
+    ids=lambda cell: cell.name,
+)
+def test_chain_that_saves_in_the_background_gives_the_bytes_of_one_that_waits(
+    tmp_path: Path, request: pytest.FixtureRequest, cell: Cell
+) -> None:
+    link = request.getfixturevalue("ranks").link if cell.ranks > 1 else link_here
+    uncut = run_chain(make_run(tmp_path / "uncut", cell), (), link)
+    cuts = (after(2), Cut("evaluation", 6), after(11))
+    cut = run_chain(make_run(tmp_path / "cut", cell, background=True), cuts, link)
+    assert_equivalent(cut, fingerprint(uncut))
 
 
 @SHARED

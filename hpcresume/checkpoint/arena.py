@@ -1,0 +1,103 @@
+"""Memory in which a save is staged: the files as they will be, byte for byte.
+
+Training waits for one copy of its state into memory that is there already; hashing and writing
+are a thread's business (`saving`). The memory is kept from save to save, because fresh memory is
+slower than most disks: each of its pages must be made first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hpcresume.checkpoint import writer
+
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Image:
+    """A file that is to be written: its name and its bytes."""
+
+    name: str
+    content: memoryview
+
+
+class Arena:
+    """Holds one save at a time."""
+
+    def __init__(self) -> None:
+        self._memory: mmap.mmap | None = None
+        self._layout: list[Any] = []
+        self._images: list[Image] = []
+        self._targets: list[torch.Tensor] = []
+
+    @property
+    def size_bytes(self) -> int:
+        """How much memory it holds."""
+        return 0 if self._memory is None else len(self._memory)
+
+    def stage(
+        self, contents: Mapping[str, Mapping[str, torch.Tensor]], metadata: Mapping[str, str]
+    ) -> list[Image]:
+        """Copy tensors, by file and name, into images of safetensors files.
+
+        They hold until the next call. Raises CheckpointError for what safetensors cannot hold.
+        """
+        layout = [
+            (file, [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()])
+            for file, tensors in contents.items()
+        ]
+        if layout != self._layout:
+            self._lay_out(contents, metadata)
+            self._layout = layout
+        sources = [
+            tensors[name]
+            for tensors in contents.values()
+            for name in writer.layout(tensors)
+            if tensors[name].numel()
+        ]
+        if sources:
+            with torch.no_grad():
+                torch._foreach_copy_(self._targets, sources)
+        return self._images
+
+    def _lay_out(
+        self, contents: Mapping[str, Mapping[str, torch.Tensor]], metadata: Mapping[str, str]
+    ) -> None:
+        heads = {file: writer.header(tensors, metadata) for file, tensors in contents.items()}
+        sizes = {
+            file: len(heads[file]) + sum(t.numel() * t.element_size() for t in tensors.values())
+            for file, tensors in contents.items()
+        }
+        self._images, self._targets, self._layout = [], [], []
+        memory = self._room_for(sum(size + -size % _PAGE for size in sizes.values()))
+        start = 0
+        for file, tensors in contents.items():
+            content = memoryview(memory)[start : start + sizes[file]]
+            content[: len(heads[file])] = heads[file]
+            self._images.append(Image(file, content))
+            offset = start + len(heads[file])
+            for name in writer.layout(tensors):
+                tensor = tensors[name]
+                count = tensor.numel()
+                if count:
+                    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=offset)
+                    self._targets.append(flat.view(tensor.shape))
+                offset += count * tensor.element_size()
+            start += sizes[file] + -sizes[file] % _PAGE
+
+    def _room_for(self, size: int) -> mmap.mmap:
+        """The memory, made anew where it is too small or much too large."""
+        if self._memory is None or not size <= self.size_bytes <= 2 * size:
+            self._memory = None
+            self._memory = mmap.mmap(-1, max(size, _PAGE))
+            with contextlib.suppress(AttributeError, OSError):
+                # Large pages are made many times faster.
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        return self._memory
