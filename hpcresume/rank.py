@@ -172,6 +172,7 @@ def serve(
         _record_failure(berth, session, error, code)
         if session is not None:
             session._abandon()
+        _say_failure(berth, session, error)
     if berth.journal is not None:
         with contextlib.suppress(OSError):
             berth.journal.write("ended", how=how, reason=why)
@@ -190,24 +191,31 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _record_failure(berth: Berth, session: Session | None, error: BaseException, code: int) -> None:
-    step = session.global_step if session is not None else 0
+    record = {
+        "t": time.time(),
+        "type": type(error).__name__,
+        "message": str(error)[:2000],
+        "step": _failed_step(session),
+        "rank": berth.ranks.rank,
+        "traceback": "".join(traceback.format_exception(error))[-20000:],
+        "exit_code": code,
+    }
+    with contextlib.suppress(OSError):
+        files.write_json(berth.link.rank_failure(berth.ranks.rank), record)
+
+
+def _say_failure(berth: Berth, session: Session | None, error: BaseException) -> None:
+    """The last word of the rank's log."""
     text = "".join(traceback.format_exception(error))
     if isinstance(error, HpcResumeError):
         log.error("%s%s", error, _place(error))
         log.debug("%s", text)
     else:
-        log.error("rank %d failed in step %d\n%s", berth.ranks.rank, step + 1, text)
-    record = {
-        "t": time.time(),
-        "type": type(error).__name__,
-        "message": str(error)[:2000],
-        "step": step + 1,
-        "rank": berth.ranks.rank,
-        "traceback": text[-20000:],
-        "exit_code": code,
-    }
-    with contextlib.suppress(OSError):
-        files.write_json(berth.link.rank_failure(berth.ranks.rank), record)
+        log.error("rank %d failed in step %d\n%s", berth.ranks.rank, _failed_step(session), text)
+
+
+def _failed_step(session: Session | None) -> int:
+    return 1 if session is None else session.global_step + 1
 
 
 def run_rank(run: RunDir, number: int, environ: Mapping[str, str]) -> int:

@@ -58,7 +58,7 @@ class Spent:
 
     def to_json(self) -> dict[str, float]:
         """For the journal."""
-        return {name: round(value, 3) for name, value in asdict(self).items()}
+        return {name: round(value, 6) for name, value in asdict(self).items()}
 
 
 def spent(history: Sequence[PastLink]) -> Spent:

@@ -6,6 +6,7 @@ the cells in fresh processes and the long suite have the real compiler.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -76,6 +77,10 @@ def test_default_chains_have_three_links_or_more() -> None:
 
 def test_long_chains_are_cut_in_every_way() -> None:
     assert {cut.kind for cut in EVERY} == set(KINDS)
+    compiled = {cut.kind for cell, cuts in long_chains() if cell.compile for cut in cuts}
+    assert compiled == set(KINDS)
+    both = {(cell.ranks, cuts) for cell, cuts in long_chains() if cell.compile}
+    assert len(both) == 2 * len(SCHEDULES)
 
 
 # Chains
@@ -144,9 +149,17 @@ def test_noise_of_the_data_does_not_depend_on_the_number_of_workers(tmp_path: Pa
     assert [differing(found[0], other) for other in found] == [[], [], []]
 
 
+def long_chains() -> list[tuple[Cell, tuple[Cut, ...]]]:
+    """All cells. To compile takes most of a chain's time: those take the schedules in turn."""
+    plain = [(cell, EVERY) for cell in product() if not cell.compile]
+    turns = itertools.cycle([*SCHEDULES, *SCHEDULES[1:]])
+    # As many turns as schedules would give each number of ranks half of them alone.
+    return [*plain, *zip((cell for cell in product() if cell.compile), turns, strict=False)]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(("cell", "cuts"), as_parameters([(cell, EVERY) for cell in product()]))
-def test_chain_of_any_cell_cut_in_every_way_gives_the_bytes_of_the_uncut_run(
+@pytest.mark.parametrize(("cell", "cuts"), as_parameters(long_chains()))
+def test_chain_of_any_cell_gives_the_bytes_of_the_uncut_run(
     tmp_path: Path, request: pytest.FixtureRequest, cell: Cell, cuts: tuple[Cut, ...]
 ) -> None:
     link = request.getfixturevalue("ranks").link if cell.ranks > 1 else link_here
