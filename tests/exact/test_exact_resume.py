@@ -20,7 +20,11 @@ from oracle import assert_equivalent, differing, fingerprint
 from hpcresume.journal import read_chain
 
 #: torch advises against more data workers than cores; here they are to be many, not fast.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+    # What torch's own compiler imports.
+    pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning"),
+]
 SHARED = pytest.mark.xdist_group("exact-ranks")
 PAIRWISE = pairwise()
 CHAINS = [(cell, SCHEDULES[number % len(SCHEDULES)]) for number, cell in enumerate(PAIRWISE)]
