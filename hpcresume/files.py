@@ -9,7 +9,6 @@ although the pages are gone); the error goes to the caller and the temporary fil
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
 import os
@@ -34,16 +33,6 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view.nbytes:
         view = view[os.write(fd, view) :]
-
-
-def allocate(fd: int, size: int) -> None:
-    """Reserve room on the disk. Raises OSError where there is not enough."""
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        # Some file systems cannot: then the writes tell.
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
 
 
 def write_new(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -153,7 +142,7 @@ class LineWriter:
         return self.size_bytes()
 
     def sync(self) -> None:
-        """Make all lines so far survive a power loss."""
+        """Make the lines that are written survive a power loss."""
         os.fsync(self._fd)
 
     def size_bytes(self) -> int:
@@ -195,8 +184,8 @@ def size_or_zero(path: Path) -> int:
 
 def size_words(num_bytes: float) -> str:
     """A size as people read it: "1.2 GB"."""
-    for unit in ("B", "kB", "MB"):
+    for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
-    return f"{num_bytes:.1f} GB"
+    return f"{num_bytes:.1f} TB"

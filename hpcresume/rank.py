@@ -43,7 +43,7 @@ from hpcresume.history import past_link
 from hpcresume.journal import Journal, known_step, lineage, read_chain
 from hpcresume.run_dir import LinkDir, RunDir, find_run, is_run, runs_root
 from hpcresume.scheduler.choice import chosen_cluster
-from hpcresume.scheduler.environment import RankPlace, allocation, rank_place
+from hpcresume.scheduler.environment import STOP_AT, RankPlace, allocation, rank_place
 from hpcresume.session import LinkEnds, Session
 from hpcresume.signals import SignalFlags, listen
 from hpcresume.story import alive_elsewhere, live_jobs, read_story, this_process
@@ -55,8 +55,6 @@ from hpcresume.training.distributed import Ranks
 log = logging.getLogger(__name__)
 
 TrainFunction = Callable[[Session], None]
-#: Environment variable: the step after which a link saves and leaves, for `verify`.
-STOP_AT = "HPCRESUME_STOP_AT"
 _OWN_CODE = f"{Path(__file__).parent}{os.sep}"
 
 

@@ -40,8 +40,6 @@ log = logging.getLogger(__name__)
 _PUBLISH_S = 2.0
 #: What a shared file system writes at the least, for the first guess of a save's duration.
 SLOW_DISK_BYTES_S = 100e6
-
-
 #: Saves that may come a little later, or not at all where the one at the deadline is near.
 _PATIENT = frozenset({"steps", "minutes", "auto", "epoch", "asked"})
 

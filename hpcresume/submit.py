@@ -45,7 +45,7 @@ from hpcresume.story import Story, find_jobs, live_jobs, read_story, user_name, 
 CODE_BYTES = 64 << 20
 CODE_FILE_BYTES = 8 << 20
 _NOT_CODE = frozenset({"__pycache__", "node_modules", "runs", "venv", "env", "site-packages"})
-_FIRST_LEAD_S = 30.0
+FIRST_LEAD_S = 30.0
 
 #: What `resume --set` takes without "override.": the numbers that torch's optimizers hold.
 OPTIMIZER_OPTIONS = frozenset(
@@ -288,7 +288,7 @@ def check_train(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> N
 
 def first_spec(run: RunDir, config: RunConfig) -> JobSpec:
     """The job that submitting a run would queue."""
-    return job_spec(run, config, lead_s=config.chain.lead_s or _FIRST_LEAD_S)
+    return job_spec(run, config, lead_s=config.chain.lead_s or FIRST_LEAD_S)
 
 
 def dry_run(config: RunConfig, root: Path, *, project: Path, environ: Mapping[str, str]) -> str:
@@ -300,7 +300,7 @@ def dry_run(config: RunConfig, root: Path, *, project: Path, environ: Mapping[st
     run = RunDir(root / config.name)
     _check_limits(run, config, environ)
     spec = job_spec(
-        run, config, lead_s=config.chain.lead_s or _FIRST_LEAD_S, project=project, run_id="RUN-ID"
+        run, config, lead_s=config.chain.lead_s or FIRST_LEAD_S, project=project, run_id="RUN-ID"
     )
     return render(spec, config.scheduler, command_line(spec), prepare=prepare_lines(spec))
 

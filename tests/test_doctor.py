@@ -509,8 +509,8 @@ FILE_CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
         for name in ("atomic rename", "exclusive names", "permissions")
     ),
     ("open", {"open_to_others": True}, "folder mode", "warning", "chmod o-w '/home/ada'"),
-    ("little space", {"free_bytes": 5 * 10**9}, "free space", "warning", "5 GB of 2 TB"),
-    ("no space", {"free_bytes": 10**8}, "free space", "failure", "100 MB of 2 TB"),
+    ("little space", {"free_bytes": 5 * 10**9}, "free space", "warning", "5.0 GB of 2.0 TB"),
+    ("no space", {"free_bytes": 10**8}, "free space", "failure", "100.0 MB of 2.0 TB"),
     ("few files", {"free_inodes": 5_000}, "inodes", "warning", "5,000"),
     ("no files", {"free_inodes": 50}, "inodes", "failure", "50"),
     ("quota unknown", {"quotas": None}, "quota", "good", "none told"),
@@ -528,7 +528,7 @@ FILE_CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
     (
         "quota full",
         {"quotas": (Quota(unit="bytes", used=2 * 10**9, limit=10**9),)},
-        *("quota", "failure", "2 GB of 1 GB used (200%)"),
+        *("quota", "failure", "2.0 GB of 1.0 GB used (200%)"),
     ),
     ("scratch", {"scratch": "$SCRATCH"}, "scratch", "warning", "old files may be removed"),
     ("clock ahead", {"skew_s": 7.0}, "clock", "warning", "7.0 s ahead of this machine's: ages"),

@@ -16,10 +16,9 @@ import pytest
 from oracle import ENVIRON, TRAINING, hpcresume
 from safetensors.numpy import save_file
 
-from hpcresume import rank
 from hpcresume.config import from_mapping
 from hpcresume.run_dir import RunDir
-from hpcresume.verify import compare, links
+from hpcresume.verify import compare
 from hpcresume.verify.compare import Difference
 from hpcresume.verify.links import LinkFailed, make_run, run_link
 from hpcresume.verify.looks import Lost
@@ -247,10 +246,6 @@ def test_long_lines_are_broken_between_words_on_a_terminal() -> None:
         "  hint: never registered: ema",
         "      (AveragedModel). Register it.",
     ]
-
-
-def test_a_link_is_told_its_last_step_by_the_name_that_ranks_read() -> None:
-    assert links.STOP_AT == rank.STOP_AT
 
 
 # ---- comparing -----------------------------------------------------------------------------

@@ -35,12 +35,9 @@ class Arena:
         self._memory: mmap.mmap | None = None
         self._layout: list[Any] = []
         self._images: list[Image] = []
+        self._places: list[tuple[str, str]] = []
         self._targets: list[torch.Tensor] = []
-
-    @property
-    def size_bytes(self) -> int:
-        """How much memory it holds."""
-        return 0 if self._memory is None else len(self._memory)
+        """What is copied: file and name, and where to."""
 
     def stage(
         self, contents: Mapping[str, Mapping[str, torch.Tensor]], metadata: Mapping[str, str]
@@ -56,12 +53,7 @@ class Arena:
         if layout != self._layout:
             self._lay_out(contents, metadata)
             self._layout = layout
-        sources = [
-            tensors[name]
-            for tensors in contents.values()
-            for name in writer.layout(tensors)
-            if tensors[name].numel()
-        ]
+        sources = [contents[file][name] for file, name in self._places]
         if sources:
             with torch.no_grad():
                 torch._foreach_copy_(self._targets, sources)
@@ -75,7 +67,7 @@ class Arena:
             file: len(heads[file]) + sum(t.numel() * t.element_size() for t in tensors.values())
             for file, tensors in contents.items()
         }
-        self._images, self._targets, self._layout = [], [], []
+        self._images, self._places, self._targets, self._layout = [], [], [], []
         memory = self._room_for(sum(size + -size % _PAGE for size in sizes.values()))
         start = 0
         for file, tensors in contents.items():
@@ -88,13 +80,14 @@ class Arena:
                 count = tensor.numel()
                 if count:
                     flat = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=offset)
+                    self._places.append((file, name))
                     self._targets.append(flat.view(tensor.shape))
                 offset += count * tensor.element_size()
             start += sizes[file] + -sizes[file] % _PAGE
 
     def _room_for(self, size: int) -> mmap.mmap:
         """The memory, made anew where it is too small or much too large."""
-        if self._memory is None or not size <= self.size_bytes <= 2 * size:
+        if self._memory is None or not size <= len(self._memory) <= 2 * max(size, _PAGE):
             self._memory = None
             self._memory = mmap.mmap(-1, max(size, _PAGE))
             with contextlib.suppress(AttributeError, OSError):

@@ -157,6 +157,9 @@ class Store:
         present = self.committed(lineage)
         pinned = self.run.pinned_steps()
         going = retention.to_remove([found.manifest for found in present], policy, pinned=pinned)
+        return self._remove_all(going, present)
+
+    def _remove_all(self, going: Sequence[int], present: Sequence[Committed]) -> list[int]:
         if not going:
             return []
         try:
@@ -181,9 +184,11 @@ class Store:
     ) -> str | None:
         """Remove before a commit what the policy lets go after it, where the disk needs that.
 
-        Returns why there is not enough room all the same. Raises OSError.
+        As by `prune`, the newest is verified first. Returns why there is not enough room all the
+        same. Raises OSError.
         """
-        present = [found.manifest for found in self.committed(lineage)]
+        found = self.committed(lineage)
+        present = [each.manifest for each in found]
         going = retention.to_make_room(present, policy, pinned=self.run.pinned_steps())
         plan = disk.preflight(
             [disk.room_of_disk(self.run.path)],
@@ -191,8 +196,7 @@ class Store:
             needed_files=num_files,
             candidates=disk.holdings(present, going),
         )
-        for step in plan.remove:
-            self._remove(step)
+        self._remove_all(plan.remove, found)
         return plan.refusal
 
     def finish(self, last: Committed, names: Sequence[str]) -> None:

@@ -84,15 +84,12 @@ def stream(
             yield view[start : start + CHUNK_BYTES]
 
 
-def write_file(path: Path, content: bytes | memoryview, rank: int = 0) -> FileEntry:
+def write_file(path: Path, content: bytes | memoryview) -> FileEntry:
     """Write and fsync a file, hashed on the way. Raises OSError."""
     view = memoryview(content).cast("B")
     chunks = []
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        if view.nbytes:
-            # A disk that is too small says so before anything is written.
-            files.allocate(fd, view.nbytes)
         for start in range(0, view.nbytes, CHUNK_BYTES):
             chunk = view[start : start + CHUNK_BYTES]
             chunks.append(digest_of(chunk))
@@ -100,4 +97,4 @@ def write_file(path: Path, content: bytes | memoryview, rank: int = 0) -> FileEn
         os.fsync(fd)
     finally:
         os.close(fd)
-    return FileEntry(name=path.name, bytes=view.nbytes, chunks=tuple(chunks), rank=rank)
+    return FileEntry(name=path.name, bytes=view.nbytes, chunks=tuple(chunks))

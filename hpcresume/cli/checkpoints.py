@@ -18,8 +18,9 @@ from hpcresume.checkpoint.listing import Listing, list_checkpoints
 from hpcresume.checkpoint.manifest import Committed
 from hpcresume.cli.options import chosen_run, runs_option
 from hpcresume.config import read_frozen
-from hpcresume.display.checkpoints import checkpoints_table, fitting, steps_in_words, styled
+from hpcresume.display.checkpoints import checkpoints_table, steps_in_words
 from hpcresume.display.reading import Reading, Say, reading
+from hpcresume.display.terminal import styled, wrapped
 from hpcresume.errors import CheckpointError, NotFound, RunLive, UsageError, unavailable
 from hpcresume.run_dir import RunDir
 from hpcresume.story import live_jobs, read_story, user_name
@@ -183,7 +184,7 @@ def _verify(listing: Listing, which: str, say: Say, *, bar: bool) -> dict[int, s
             size = files.size_words(found.manifest.payload_bytes)
             seconds = time.monotonic() - began
             tell(found.step, "verified", "good", f"{size} in {seconds:.1f} s")
-    say(fitting(_verdict(checked)))
+    say(wrapped(_verdict(checked)))
     return checked
 
 
@@ -233,14 +234,14 @@ def _prune(listing: Listing, *, dry_run: bool, say: Say, bar: bool) -> list[int]
                 f"{run.name} is live: {where}. After each save it removes what may go by itself."
             )
     if not going:
-        say(fitting(f"Nothing may go: {_reasons(listing)}."))
+        say(wrapped(f"Nothing may go: {_reasons(listing)}."))
         return []
     sizes = {found.step: found.manifest.payload_bytes for found in listing.found}
     if dry_run:
         for step in going:
             say(f"would remove {run.checkpoint(step).name} ({files.size_words(sizes[step])})")
         freed = files.size_words(sum(sizes[step] for step in going))
-        say(fitting(f"{freed} would be free again; {_reasons(listing)}."))
+        say(wrapped(f"{freed} would be free again; {_reasons(listing)}."))
         return going
     newest = listing.found[-1]
     with reading(newest.manifest.payload_bytes, say, bar=bar) as now:
@@ -256,7 +257,7 @@ def _prune(listing: Listing, *, dry_run: bool, say: Say, bar: bool) -> list[int]
     )
     removed, refused = _remove(run, going, sizes, say)
     freed = files.size_words(sum(sizes[step] for step in removed))
-    say(fitting(f"{freed} are free again; {newest.path.name} was verified first."))
+    say(wrapped(f"{freed} are free again; {newest.path.name} was verified first."))
     if refused is not None:
         raise unavailable(refused)
     return removed

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +16,7 @@ import click
 from hpcresume import files
 from hpcresume.cli.options import root_of, runs_option
 from hpcresume.config import RunConfig, default_path, load, parse_time
+from hpcresume.display.terminal import WIDEST, styled, terminal_width, wrapped
 from hpcresume.scheduler.choice import chosen_cluster
 from hpcresume.scheduler.doctor import disk, questions
 from hpcresume.scheduler.doctor.checks_machine import judge_files, judge_local, judge_python
@@ -29,12 +28,10 @@ from hpcresume.scheduler.doctor.verdict import judge_way, tally
 from hpcresume.scheduler.doctor.way import Way, choose_way, circumstances
 
 SCHEMA_VERSION = 1
-#: Longer lines are hard to read, however wide the terminal is.
-_WIDEST = 100
 _NAME_WIDTH = 15
 _MARKS = {"good": "✔", "warning": "▲", "failure": "✖"}
 _ASCII = {"good": "+", "warning": "!", "failure": "x"}
-_STYLES = {"good": "32", "warning": "33", "failure": "1;31", "title": "1", "dim": "2"}
+_STYLES = {"good": "good", "warning": "warning", "failure": "bad"}
 
 
 @click.command()
@@ -180,14 +177,14 @@ def _wishes(settings: RunConfig, root: Path) -> Wishes:
     """What the configuration asks for, and what the first job of a run would."""
     from hpcresume.link import job_spec
     from hpcresume.run_dir import RunDir
-    from hpcresume.submit import _FIRST_LEAD_S
+    from hpcresume.submit import FIRST_LEAD_S
 
     scheduler = settings.scheduler
     lead_s = settings.chain.lead_s
     job = job_spec(
         RunDir(root / "doctor"),
         settings,
-        lead_s=_FIRST_LEAD_S if lead_s is None else lead_s,
+        lead_s=FIRST_LEAD_S if lead_s is None else lead_s,
         project=root,
         run_id="doctor",
     )
@@ -227,7 +224,7 @@ class _Report:
         """Show findings, below their title where that is new."""
         for finding in findings:
             if not self._found or self._found[-1][0] != title:
-                self.say("\n" + _styled(title, "title"))
+                self.say("\n" + styled(title, "strong"))
             self.say(_line(finding))
             self._found.append((title, finding))
 
@@ -252,10 +249,10 @@ def _line(finding: Finding) -> str:
     """A finding in one line; on a terminal that is too narrow, in a few, each under its like."""
     mark, arrow = _marks()
     name = finding.name.ljust(_NAME_WIDTH)
-    start = f"  {_styled(mark[finding.grade], finding.grade)} {name} "
+    start = f"  {styled(mark[finding.grade], _STYLES[finding.grade])} {name} "
     indent = " " * (_NAME_WIDTH + 5)
     whole = f"{finding.what}  {arrow} {finding.remedy}" if finding.remedy else finding.what
-    if not sys.stdout.isatty() or len(indent) + len(whole) <= _width():
+    if len(indent) + len(whole) <= min(terminal_width(), WIDEST) or not sys.stdout.isatty():
         return start + whole
     remedy = _wrapped(finding.remedy, indent + "  ").strip()
     lines = [_wrapped(finding.what, indent).strip()]
@@ -266,18 +263,7 @@ def _line(finding: Finding) -> str:
 def _wrapped(text: str, indent: str) -> str:
     # An option stays with its value.
     kept = text.replace("--set ", "--set\xa0").replace("--time ", "--time\xa0")
-    return textwrap.fill(
-        kept,
-        max(_width(), len(indent) + 20),
-        initial_indent=indent,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    ).replace("\xa0", " ")
-
-
-def _width() -> int:
-    return min(shutil.get_terminal_size().columns, _WIDEST)
+    return wrapped(kept, indent=indent, hang=indent).replace("\xa0", " ")
 
 
 def _marks() -> tuple[dict[str, str], str]:
@@ -294,10 +280,3 @@ def _speaks_utf8() -> bool:
     if said[1] == "C.UTF-8":  # It may be Python's own doing (PEP 538).
         said[1] = ""
     return "utf" in next((word for word in said if word), "").lower()
-
-
-def _styled(text: str, style: str) -> str:
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR")
-    if plain and not os.environ.get("FORCE_COLOR"):
-        return text
-    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"

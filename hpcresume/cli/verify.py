@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import sys
-import textwrap
 from pathlib import Path
 
 import click
@@ -15,13 +12,12 @@ from hpcresume import files
 from hpcresume import submit as verbs
 from hpcresume import verify as oracle
 from hpcresume.config import RunConfig, default_path, load
+from hpcresume.display.terminal import wrapped
 from hpcresume.errors import NotFound, UsageError
 from hpcresume.run_dir import RunDir
 
 #: A script, and the function in it where it is not `train`.
 _SCRIPT = re.compile(r"(?P<path>.*\.py)(?::(?P<function>\w+))?")
-#: Longer lines are hard to read, however wide the terminal is.
-_WIDEST = 100
 
 
 @click.command()
@@ -71,17 +67,9 @@ def verify(
 
 
 def _fitting(line: str) -> str:
-    """A line as a terminal shows it best: broken between words, under what it belongs to."""
-    if not sys.stdout.isatty():
-        return line
-    indent = " " * (len(line) - len(line.lstrip()) + 4)
-    return textwrap.fill(
-        line,
-        min(shutil.get_terminal_size().columns, _WIDEST),
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    """A line as a terminal shows it best, under what it belongs to."""
+    hang = " " * (len(line) - len(line.lstrip()) + 4)
+    return wrapped(line, hang=hang)
 
 
 def _chosen(target: str | None, sets: tuple[str, ...]) -> tuple[RunConfig, Path]:

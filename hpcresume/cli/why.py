@@ -6,9 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
-import sys
-import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +16,7 @@ import click
 
 from hpcresume.cli.options import chosen_run, root_of, runs_option
 from hpcresume.display.tables import clock
+from hpcresume.display.terminal import styled, terminal_width, wrapped
 from hpcresume.errors import HpcResumeError, Unavailable
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.choice import asking_scheduler
@@ -30,8 +28,6 @@ from hpcresume.why.evidence import ChainLine
 
 SCHEMA_VERSION = 1
 _PATIENCE_S = 10.0
-#: Longer lines are hard to read, however wide the terminal is.
-_WIDEST = 100
 
 
 @click.command()
@@ -115,7 +111,6 @@ def _settings(run: RunDir) -> Mapping[str, Any]:
 
 # ---- as text -------------------------------------------------------------------------------
 
-_STYLES = {"dim": "2", "strong": "1", "bad": "31", "command": "36"}
 _BAD = frozenset({"user code", "non-finite", "hang", "killed", "configuration", "storage"}) | {
     "out of host memory",
     "out of GPU memory",
@@ -125,8 +120,8 @@ _BAD = frozenset({"user code", "non-finite", "hang", "killed", "configuration", 
 
 
 def _lines(told: Explanation) -> Iterator[str]:
-    width = _width()
-    yield from (_styled(line, "strong") for line in _wrapped(told.sentence, width, ""))
+    width = terminal_width()
+    yield from (styled(line, "strong") for line in _wrapped(told.sentence, width, ""))
     if told.facts or told.log:
         yield ""
         yield from _facts(told, width)
@@ -136,7 +131,7 @@ def _lines(told: Explanation) -> Iterator[str]:
             yield from _wrapped(reason + (":" if command else ""), width, "→ ")
             if command:
                 # Whole, however narrow the terminal is: it is there to be copied.
-                yield "  " + _styled(command, "command")
+                yield "  " + styled(command, "command")
     if told.chain:
         yield ""
         yield from _table(_folded(told.chain), width)
@@ -147,12 +142,12 @@ def _facts(told: Explanation, width: int) -> Iterator[str]:
     widest = max(len(label) for label, _ in rows)
     for label, text in rows:
         first, *rest = _wrapped(" ".join(text.split()), width - widest - 4, "")
-        yield f"  {_styled(label.ljust(widest), 'dim')}  {first}"
+        yield f"  {styled(label.ljust(widest), 'dim')}  {first}"
         yield from (" " * (widest + 4) + line for line in rest)
     for line in told.log_lines:
         shown = line.expandtabs(4)
         cut = shown if len(shown) <= width - 4 else shown[: max(1, width - 5)] + "…"
-        yield f"  {_styled('│', 'dim')} {cut}".rstrip()
+        yield f"  {styled('│', 'dim')} {cut}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -215,12 +210,12 @@ def _table(rows: Sequence[_Row], width: int) -> Iterator[str]:
         )
         return "  ".join([*padded, cells[columns[-1]]])
 
-    yield _styled(line({c: c for c in columns}), "dim")
+    yield styled(line({c: c for c in columns}), "dim")
     for row in rows:
         text = line(row.cells)
         end = row.cells["ENDED BY"]
         if row.cause in _BAD:
-            text = text.removesuffix(end) + _styled(end, "bad")
+            text = text.removesuffix(end) + styled(end, "bad")
         yield text
 
 
@@ -228,25 +223,4 @@ def _wrapped(text: str, width: int, lead: str) -> list[str]:
     """A text as lines of a terminal, the first behind a lead; whole where it is no terminal."""
     # The message of somebody's exception may hold anything.
     text = "".join(c if c.isprintable() else "?" for c in text)
-    if not sys.stdout.isatty():
-        return [lead + text]
-    return textwrap.wrap(
-        text,
-        max(20, min(width, _WIDEST)),
-        initial_indent=lead,
-        subsequent_indent=" " * len(lead),
-        break_long_words=False,
-        break_on_hyphens=False,
-    ) or [lead]
-
-
-def _width() -> int:
-    """Columns to write in; all that are wanted where it is no terminal."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-
-
-def _styled(text: str, style: str) -> str:
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR")
-    if plain and not os.environ.get("FORCE_COLOR"):
-        return text
-    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+    return wrapped(text, indent=lead, hang=" " * len(lead), width=width).split("\n")

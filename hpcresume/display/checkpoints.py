@@ -5,34 +5,28 @@ Written without rich, like the table of `status`.
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
-import textwrap
 import time
 from collections.abc import Sequence
 
 from hpcresume.checkpoint.listing import Listing
 from hpcresume.checkpoint.manifest import Manifest
 from hpcresume.display.tables import ago
+from hpcresume.display.terminal import styled, terminal_width, wrapped
 from hpcresume.files import size_words
 
 _COLUMNS = ("STEP", "EPOCH", "AGE", "LINK", "METRIC", "SIZE", "NOTE")
 #: What a narrow terminal can do without, the first first.
 _DROPPED = ("LINK", "EPOCH", "AGE")
-#: Longer lines are hard to read, however wide the terminal is.
-_WIDEST = 100
-_STYLES = {"dim": "2", "good": "32", "bad": "1;31"}
 
 
 def checkpoints_table(listing: Listing) -> str:
     """One row a checkpoint; what does not count, and what the run will need, below."""
     lines = _table(listing) if listing.found else []
     lines += [
-        fitting(f"{listing.run.checkpoint(step).name} does not count: {reason}.")
+        wrapped(f"{listing.run.checkpoint(step).name} does not count: {reason}.")
         for step, reason in listing.left_out.items()
     ]
-    lines += [fitting(line) for line in _totals(listing)]
+    lines += [wrapped(line) for line in _totals(listing)]
     return "\n".join(lines)
 
 
@@ -118,27 +112,6 @@ def _rules(listing: Listing) -> str:
     if pinned:
         rules.append(f"{pinned} pinned")
     return " + ".join([*rules, "1 while saving"])
-
-
-def fitting(line: str) -> str:
-    """A line as a terminal shows it best: broken between words."""
-    if not sys.stdout.isatty():
-        return line
-    width = min(terminal_width(), _WIDEST)
-    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
-
-
-def terminal_width() -> int:
-    """Columns to write in; all that are wanted where it is no terminal."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-
-
-def styled(text: str, style: str) -> str:
-    """Text in a style, where colours are wanted: dim, good, bad."""
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR")
-    if plain and not os.environ.get("FORCE_COLOR"):
-        return text
-    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
 
 
 def steps_in_words(steps: Sequence[int]) -> str:

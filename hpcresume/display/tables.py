@@ -6,24 +6,21 @@ day, on login nodes with slow file systems.
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Sequence
 
+from hpcresume.display.terminal import styled, terminal_width
 from hpcresume.status import RunStatus
 
 _COLUMNS = ("RUN", "STATE", "STEP", "%", "LOSS", "LINK", "JOB", "LEFT", "CHECKPOINT")
 _TO_THE_RIGHT = frozenset({"%", "LOSS", "LINK", "LEFT"})
 #: SGR codes of a terminal.
-_STYLES = {
+_STATES = {
     "complete": "32",
     "running": "36",
     "waiting": "33",
     "stopped": "35",
     "failed": "1;31",
     "stalled": "1;31",
-    "dim": "2",
 }
 
 
@@ -31,9 +28,9 @@ def status_table(rows: Sequence[RunStatus]) -> str:
     """One row a run, and its reason below; on a narrow terminal, a few lines a run."""
     cells = [dict(zip(_COLUMNS, _cells(row), strict=True)) for row in rows]
     widths = {c: max(len(c), *(len(row[c]) for row in cells)) for c in _COLUMNS}
-    narrow = sys.stdout.isatty() and sum(widths.values()) + 2 * len(widths) > _terminal_width()
+    narrow = sum(widths.values()) + 2 * len(widths) > terminal_width()
     lines = _cards(cells) if narrow else _lines(cells, widths)
-    lines += [f"{_styled(row.name + ':', 'dim')} {row.why}" for row in rows if row.why]
+    lines += [f"{styled(row.name + ':', 'dim')} {row.why}" for row in rows if row.why]
     return "\n".join(lines)
 
 
@@ -41,21 +38,21 @@ def _lines(cells: Sequence[dict[str, str]], widths: dict[str, int]) -> list[str]
     def padded(row: dict[str, str], column: str) -> str:
         text = row[column]
         gap = " " * (widths[column] - len(text))
-        shown = _styled(text, text) if column == "STATE" else text
+        shown = _state(text) if column == "STATE" else text
         return gap + shown if column in _TO_THE_RIGHT else shown + gap
 
     head = "  ".join(padded({c: c for c in _COLUMNS}, c) for c in _COLUMNS).rstrip()
     body = ["  ".join(padded(row, c) for c in _COLUMNS).rstrip() for row in cells]
-    return [_styled(head, "dim"), *body]
+    return [styled(head, "dim"), *body]
 
 
 def _cards(cells: Sequence[dict[str, str]]) -> list[str]:
     lines = []
     for row in cells:
-        lines.append(f"{row['RUN']}  {_styled(row['STATE'], row['STATE'])}")
+        lines.append(f"{row['RUN']}  {_state(row['STATE'])}")
         for column in _COLUMNS[2:]:
             if row[column]:
-                lines.append(f"  {_styled(f'{column.lower():<10}', 'dim')} {row[column]}")
+                lines.append(f"  {styled(f'{column.lower():<10}', 'dim')} {row[column]}")
     return lines
 
 
@@ -81,15 +78,8 @@ def _checkpoint(row: RunStatus) -> str:
     return f"step {row.checkpoint_step}, {age} ago{', verified' if row.checkpoint_verified else ''}"
 
 
-def _styled(text: str, style: str) -> str:
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR")
-    if (plain and not os.environ.get("FORCE_COLOR")) or style not in _STYLES:
-        return text
-    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
-
-
-def _terminal_width() -> int:
-    return shutil.get_terminal_size().columns
+def _state(text: str) -> str:
+    return styled(text, _STATES[text]) if text in _STATES else text
 
 
 def clock(seconds: float) -> str:

@@ -1,10 +1,26 @@
-"""Standard output where it is not what one hopes for: closed, or a terminal of few letters."""
+"""Standard output: closed, a pipe, or a terminal of some width, letters and colours.
+
+Needs no rich.
+"""
 
 from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
+import textwrap
+
+#: Longer lines are hard to read, however wide the terminal is.
+WIDEST = 100
+_STYLES = {
+    "dim": "2",
+    "strong": "1",
+    "good": "32",
+    "warning": "33",
+    "bad": "1;31",
+    "command": "36",
+}
 
 
 def forgive() -> None:
@@ -25,3 +41,33 @@ def let_go_of_stdout() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+def styled(text: str, style: str) -> str:
+    """Text in a style of the table above or in an ANSI code, where colours are wanted."""
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR")
+    if plain and not os.environ.get("FORCE_COLOR"):
+        return text
+    return f"\x1b[{_STYLES.get(style, style)}m{text}\x1b[0m"
+
+
+def terminal_width() -> int:
+    """Columns to write in; all that are wanted where it is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+
+
+def wrapped(text: str, *, indent: str = "", hang: str = "", width: int | None = None) -> str:
+    """Text as a terminal shows it best: broken between words, after `indent`, then `hang`.
+
+    In one piece where it is no terminal. `width` is what there is; None: the terminal's.
+    """
+    if not sys.stdout.isatty():
+        return indent + text
+    return textwrap.fill(
+        text,
+        max(min(terminal_width() if width is None else width, WIDEST), len(hang) + 20),
+        initial_indent=indent,
+        subsequent_indent=hang,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -29,6 +29,9 @@ PLACE_VARIABLES = frozenset(
 #: Set by the local driver for its jobs; a job of Slurm must not inherit them.
 JOB_VARIABLES = frozenset({"HPCRESUME_JOB", "HPCRESUME_JOB_KEY", "HPCRESUME_JOB_END"})
 
+#: Tells a rank the step after which its link saves and leaves.
+STOP_AT = "HPCRESUME_STOP_AT"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:

@@ -21,12 +21,10 @@ from hpcresume.errors import HpcResumeError, Unavailable
 from hpcresume.journal import read_link
 from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.scheduler import step
-from hpcresume.scheduler.environment import Allocation
+from hpcresume.scheduler.environment import STOP_AT, Allocation
 from hpcresume.signals import listen
 from hpcresume.story import this_process
 
-#: `rank.STOP_AT`, whose module would import torch: the step after which a link leaves.
-STOP_AT = "HPCRESUME_STOP_AT"
 _LOOK_S = 0.2
 _LAST_WORDS_S = 10.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hpcresume.files import size_words
 from hpcresume.scheduler.doctor.facts import (
     FileFacts,
     Finding,
@@ -15,7 +16,7 @@ from hpcresume.scheduler.doctor.facts import (
     warning,
 )
 from hpcresume.scheduler.doctor.texts import version_of
-from hpcresume.scheduler.doctor.words import ASK_ADMIN, clock, dotted, names_counted, size
+from hpcresume.scheduler.doctor.words import ASK_ADMIN, clock, dotted, names_counted
 
 OLDEST_TORCH = (2, 10)
 GIB = 1 << 30
@@ -90,24 +91,20 @@ def _place(facts: FileFacts, wishes: Wishes, elsewhere: str) -> Finding:
 
 
 def _space(facts: FileFacts, elsewhere: str) -> Iterator[Finding]:
+    remedy = f"delete what is not needed, or {elsewhere}"
     if facts.free_bytes is not None and facts.total_bytes:
-        what = f"{size(facts.free_bytes)} of {size(facts.total_bytes)}"
-        remedy = f"delete what is not needed, or {elsewhere}"
-        if facts.free_bytes < LEAST_BYTES:
-            yield failure("free space", what, remedy)
-        elif facts.free_bytes < FEW_BYTES:
-            yield warning("free space", what, remedy)
-        else:
-            yield good("free space", what)
+        what = f"{size_words(facts.free_bytes)} of {size_words(facts.total_bytes)}"
+        yield _left("free space", what, remedy, facts.free_bytes, LEAST_BYTES, FEW_BYTES)
     if facts.free_inodes is not None:
         what = f"room for {facts.free_inodes:,} more files"
-        remedy = f"delete what is not needed, or {elsewhere}"
-        if facts.free_inodes < LEAST_INODES:
-            yield failure("inodes", what, remedy)
-        elif facts.free_inodes < FEW_INODES:
-            yield warning("inodes", what, remedy)
-        else:
-            yield good("inodes", what)
+        yield _left("inodes", what, remedy, facts.free_inodes, LEAST_INODES, FEW_INODES)
+
+
+def _left(name: str, what: str, remedy: str, left: int, least: int, few: int) -> Finding:
+    """A failure below `least`, a warning below `few`."""
+    if left >= few:
+        return good(name, what)
+    return (failure if left < least else warning)(name, what, remedy)
 
 
 def _quota(facts: FileFacts) -> Finding:
@@ -118,7 +115,7 @@ def _quota(facts: FileFacts) -> Finding:
     worst = max(facts.quotas, key=lambda quota: quota.used / quota.limit)
     share = worst.used / worst.limit
     if worst.unit == "bytes":
-        what = f"{size(worst.used)} of {size(worst.limit)} used ({100 * share:.0f}%)"
+        what = f"{size_words(worst.used)} of {size_words(worst.limit)} used ({100 * share:.0f}%)"
     else:
         what = f"{worst.used:,} of {worst.limit:,} files used ({100 * share:.0f}%)"
     if share >= 1:

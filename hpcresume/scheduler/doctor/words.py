@@ -44,13 +44,3 @@ def names_counted(names: tuple[str, ...]) -> str:
 def dotted(version: tuple[int, int]) -> str:
     """(20, 11) as 20.11."""
     return f"{version[0]}.{version[1]:02d}"
-
-
-def size(number: int) -> str:
-    """Bytes with a unit: "12.3 GB"."""
-    value = float(number)
-    for unit in ("B", "KB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB" if value < 1000 else f"{value / 1000:.3g} PB"
