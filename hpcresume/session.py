@@ -146,9 +146,9 @@ class Session:
                 raise UsageError(f"'{name}' is registered after session.steps has begun.")
             code = hyperparameters.given(value)
             self._contents.add(name, value)
-            committed, saved = self._saver.committed, self._saver.state
-            if committed is not None and saved is not None:
-                for difference in self._contents.restore(name, committed, saved):
+            images, saved = self._saver.images, self._saver.state
+            if images is not None and saved is not None:
+                for difference in self._contents.restore(name, images, saved):
                     self._say_changed(difference)
             if code is not None:
                 self._given[name] = self._settled(name, value, code, keep)
@@ -342,6 +342,7 @@ class Session:
                 self._say_changed(words)
         # Last of all: everything before may have drawn random numbers.
         self._restore_rng()
+        self._saver.begun()
         self._step_began = time.monotonic()
         self._rate_from = (self._step_began, self.global_step)
         return feed
@@ -410,10 +411,9 @@ class Session:
                 )
 
     def _restore_rng(self) -> None:
-        committed = self._saver.committed
-        if committed is None:
+        if self._saver.images is None:
             return
-        states = files.read_json(committed.path / contents.RNG)
+        states = self._saver.images.json(contents.RNG)
         if self.rank < len(states):
             for words in rng.restore(states[self.rank], self._contents.generators):
                 self._say_changed(words)

@@ -30,8 +30,8 @@ from torch.utils.data import Dataset
 
 import hpcresume
 from hpcresume import files
-from hpcresume.checkpoint.contents import STATE
 from hpcresume.checkpoint.manifest import NAME, Committed, hash_stream
+from hpcresume.checkpoint.staged import STATE
 from hpcresume.checkpoint.store import Store
 from hpcresume.config import dump, from_mapping, read_frozen
 from hpcresume.journal import lineage, read_metrics

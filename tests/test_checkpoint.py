@@ -31,12 +31,14 @@ from torch.optim.swa_utils import AveragedModel
 
 import hpcresume
 from hpcresume import files
+from hpcresume.checkpoint import images, writer
 from hpcresume.checkpoint import manifest as manifests
-from hpcresume.checkpoint import writer
 from hpcresume.checkpoint.arena import Arena
-from hpcresume.checkpoint.contents import STATE, Contents
-from hpcresume.checkpoint.manifest import Committed, FileEntry, Manifest, read_committed, verify
+from hpcresume.checkpoint.contents import Contents
+from hpcresume.checkpoint.images import verify
+from hpcresume.checkpoint.manifest import Committed, FileEntry, Manifest, read_committed
 from hpcresume.checkpoint.retention import Policy, to_remove
+from hpcresume.checkpoint.staged import STATE
 from hpcresume.checkpoint.store import Store
 from hpcresume.checkpoint.tensors import join, plain_name, split
 from hpcresume.errors import CheckpointError, Fenced, HpcResumeError, UsageError
@@ -101,7 +103,7 @@ def commit(store: Store, step: int, write: Write | None = None, **fields: Any) -
 
 def latest(store: Store, lineage: Lineage = ALL) -> int | None:
     found = store.latest_verified(lineage, lambda step, reason: None)
-    return None if found is None else found.step
+    return None if found is None else found.committed.step
 
 
 def bad_ones(store: Store, lineage: Lineage = ALL) -> dict[int, str]:
@@ -134,7 +136,7 @@ def save(store: Store, step: int = 10, **objects: Any) -> Committed:
 
 def keep(store: Store, contents: Contents, step: int = 10) -> Committed:
     """Commit what is registered, as it is now."""
-    return commit(store, step, contents.stage(Arena(), {"step": step}, [], {}).write)
+    return commit(store, step, contents.stage({"step": step}, [], {}).write)
 
 
 def restore(committed: Committed, **objects: Any) -> list[str]:
@@ -144,7 +146,7 @@ def restore(committed: Committed, **objects: Any) -> list[str]:
     said = []
     for name, value in objects.items():
         contents.add(name, value)
-        said += contents.restore(name, committed, state)
+        said += contents.restore(name, images.read(committed), state)
     return said
 
 
@@ -1014,7 +1016,7 @@ def test_finished_model_is_made_of_weights_values_and_tokenizer(store: Store) ->
     }
     for name, value in objects.items():
         contents.add(name, value)
-    committed = commit(store, 10, contents.stage(Arena(), {}, [], {}).write)
+    committed = commit(store, 10, contents.stage({}, [], {}).write)
     assert sorted(contents.model_files(committed)) == [
         *("config.json", "model.safetensors", "vocab.txt"),
     ]
@@ -1693,7 +1695,7 @@ def commit(step, size):
 
 def latest():
     found = Store(run, "r").latest_verified(Lineage(), lambda step, reason: None)
-    return found and found.step
+    return found and found.committed.step
 
 results = []
 for options in json.loads(sys.argv[2]):
@@ -1859,7 +1861,7 @@ def strike(root: Path, what: str, point: tuple[str, int], *, occupied: bool = Fa
         point=f"{call} {count}",
         code=done.returncode,
         said=done.stdout,
-        found=None if found is None else found.step,
+        found=None if found is None else found.committed.step,
         bad=bad,
         next=latest(store),
         hidden=hidden(store),
@@ -2016,7 +2018,6 @@ OBJECTS = """
 import sys
 from pathlib import Path
 import torch
-from hpcresume.checkpoint.arena import Arena
 from hpcresume.checkpoint.contents import Contents
 from hpcresume.checkpoint.store import Store
 from hpcresume.journal import Lineage
@@ -2033,7 +2034,7 @@ contents.add("model", torch.nn.Linear(2, 2))
 contents.add("config", {"a": 1})
 contents.add("tokenizer", Tokenizer())
 committed = Store(RunDir(Path(sys.argv[1])), "r").commit(
-    contents.stage(Arena(), {}, [], {}).write, step=20, epoch=0, link=1, parent=None, metric=None,
+    contents.stage({}, [], {}).write, step=20, epoch=0, link=1, parent=None, metric=None,
     lineage=Lineage(), fence=lambda: None)
 print(*(entry.name for entry in committed.manifest.files))
 """

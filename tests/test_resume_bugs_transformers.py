@@ -46,7 +46,7 @@ from torch.utils.data import RandomSampler
 
 import hpcresume
 from hpcresume import files
-from hpcresume.checkpoint.manifest import verify
+from hpcresume.checkpoint.images import verify
 from hpcresume.errors import CheckpointError
 from hpcresume.run_dir import RunDir
 

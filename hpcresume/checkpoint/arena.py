@@ -7,15 +7,14 @@ slower than most disks: each of its pages must be made first.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from hpcresume.checkpoint import writer
+from hpcresume.checkpoint import copying, writer
+from hpcresume.checkpoint.images import memory
 
 _PAGE = 4096
 
@@ -32,12 +31,13 @@ class Arena:
     """Holds one save at a time."""
 
     def __init__(self) -> None:
-        self._memory: mmap.mmap | None = None
+        self._memory: memoryview | None = None
         self._layout: list[Any] = []
         self._images: list[Image] = []
-        self._places: list[tuple[str, str]] = []
+        self._order: list[int] = []
         self._targets: list[torch.Tensor] = []
-        """What is copied: file and name, and where to."""
+        """What is copied: its place among all tensors, and where to."""
+        self._shares: list[slice] = []
 
     def stage(
         self, contents: Mapping[str, Mapping[str, torch.Tensor]], metadata: Mapping[str, str]
@@ -46,17 +46,16 @@ class Arena:
 
         They hold until the next call. Raises CheckpointError for what safetensors cannot hold.
         """
+        found = [tensor for tensors in contents.values() for tensor in tensors.values()]
         layout = [
-            (file, [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()])
-            for file, tensors in contents.items()
+            [(file, *tensors) for file, tensors in contents.items()],
+            [tensor.dtype for tensor in found],
+            [tensor.shape for tensor in found],
         ]
         if layout != self._layout:
             self._lay_out(contents, metadata)
             self._layout = layout
-        sources = [contents[file][name] for file, name in self._places]
-        if sources:
-            with torch.no_grad():
-                torch._foreach_copy_(self._targets, sources)
+        copying.copy(self._targets, [found[place] for place in self._order], self._shares)
         return self._images
 
     def _lay_out(
@@ -67,30 +66,30 @@ class Arena:
             file: len(heads[file]) + sum(t.numel() * t.element_size() for t in tensors.values())
             for file, tensors in contents.items()
         }
-        self._images, self._places, self._targets, self._layout = [], [], [], []
-        memory = self._room_for(sum(size + -size % _PAGE for size in sizes.values()))
-        start = 0
+        self._images, self._order, self._targets, self._layout = [], [], [], []
+        room = self._room_for(sum(size + -size % _PAGE for size in sizes.values()))
+        start = before = 0
         for file, tensors in contents.items():
-            content = memoryview(memory)[start : start + sizes[file]]
+            content = room[start : start + sizes[file]]
             content[: len(heads[file])] = heads[file]
             self._images.append(Image(file, content))
             offset = start + len(heads[file])
+            places = {name: before + place for place, name in enumerate(tensors)}
+            before += len(tensors)
             for name in writer.layout(tensors):
                 tensor = tensors[name]
                 count = tensor.numel()
                 if count:
-                    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=offset)
-                    self._places.append((file, name))
+                    flat = torch.frombuffer(room, dtype=tensor.dtype, count=count, offset=offset)
+                    self._order.append(places[name])
                     self._targets.append(flat.view(tensor.shape))
                 offset += count * tensor.element_size()
             start += sizes[file] + -sizes[file] % _PAGE
+        self._shares = copying.shares(self._targets)
 
-    def _room_for(self, size: int) -> mmap.mmap:
+    def _room_for(self, size: int) -> memoryview:
         """The memory, made anew where it is too small or much too large."""
         if self._memory is None or not size <= len(self._memory) <= 2 * max(size, _PAGE):
             self._memory = None
-            self._memory = mmap.mmap(-1, max(size, _PAGE))
-            with contextlib.suppress(AttributeError, OSError):
-                # Large pages are made many times faster.
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
+            self._memory = memory(max(size, _PAGE))
         return self._memory

@@ -9,70 +9,36 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hpcresume import files
-from hpcresume.checkpoint import reader, rng, writer
-from hpcresume.checkpoint.arena import Arena, Image
-from hpcresume.checkpoint.manifest import Committed, FileEntry, hash_stream
+from hpcresume.checkpoint import layout, reader, rng, writer
+from hpcresume.checkpoint.arena import Arena
+from hpcresume.checkpoint.images import Images
+from hpcresume.checkpoint.layout import Layout
+from hpcresume.checkpoint.manifest import Committed
+from hpcresume.checkpoint.outline import Leaves, Outline
+from hpcresume.checkpoint.staged import STATE, Staged
 from hpcresume.checkpoint.tensors import (
-    Split,
     extra_states,
     fleeting_buffers,
     join,
+    module_state,
     plain_state,
     split,
 )
 from hpcresume.errors import CheckpointError, UsageError
 
-STATE = "state.json"
 RNG = "rng.json"
 _RESERVED = frozenset({"state", "rng", "manifest", "trainer_state", "training_args"})
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,60}")
-#: transformers wants to know for which framework a file was written.
-_METADATA = {"format": "pt"}
 #: What a file of buffers that no state dict holds is called after the module's name.
 _BUFFERS = ".buffers"
-
-
-@dataclass(frozen=True)
-class Staged:
-    """A save that needs the live objects no more."""
-
-    images: list[Image]
-    others: dict[str, bytes]
-    """What is not tensors, by the file's name."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of all files."""
-        content = [image.content for image in self.images]
-        return sum(map(len, content)) + sum(map(len, self.others.values()))
-
-    @property
-    def num_files(self) -> int:
-        """How many files it will be."""
-        return len(self.images) + len(self.others)
-
-    def write(self, directory: Path) -> list[FileEntry]:
-        """Write everything into an empty directory, fsynced. Raises OSError."""
-        entries = []
-        folders = set()
-        contents: dict[str, bytes | memoryview] = {i.name: i.content for i in self.images}
-        for name, content in {**contents, **self.others}.items():
-            path = directory / name
-            if path.parent != directory:
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                folders.add(path.parent)
-            entries.append(replace(writer.write_file(path, content), name=name))
-        for folder in folders:
-            files.fsync_dir(folder)
-        return entries
 
 
 class Contents:
@@ -82,8 +48,10 @@ class Contents:
         self._objects: dict[str, Any] = {}
         self._begun_with: dict[str, Any] = {}
         """JSON values as the code gave them."""
-        self._buffers: dict[str, dict[str, Any]] = {}
-        """Digests of fleeting buffers as the code made them, by module and name."""
+        self._buffers: dict[str, tuple[str, ...]] = {}
+        """Digests of the files of fleeting buffers as the code made them, by module."""
+        self._layouts: dict[str, Layout] = {}
+        self._arena = Arena()
         self.generators: dict[str, Any] = {}
         """Random number generators, which each rank has of its own."""
 
@@ -103,7 +71,7 @@ class Contents:
             )
         self._objects[name] = value
         if isinstance(value, torch.nn.Module):
-            self._buffers[name] = {k: _digest(t) for k, t in _fleeting(name, value).items()}
+            self._buffers[name] = writer.digests(_fleeting_of(name, value), reader.METADATA)
         elif not (_is_stateful(value) or _is_tokenizer(value)):
             self._begun_with[name] = _as_json(value)
 
@@ -120,13 +88,12 @@ class Contents:
         total = 0
         for name, value in self._objects.items():
             if _is_stateful(value):
-                tensors = _take(name, value).tensors.values()
+                tensors = split(_state(name, value), name).tensors.values()
                 total += sum(t.numel() * t.element_size() for t in tensors)
         return total
 
     def stage(
         self,
-        arena: Arena,
         progress: Mapping[str, Any],
         states: Sequence[Any],
         more: Mapping[str, Any],
@@ -136,22 +103,28 @@ class Contents:
         `states` are the random states of all ranks, `more` further JSON files by name.
         """
         tensors: dict[str, Mapping[str, torch.Tensor]] = {}
-        objects: dict[str, Any] = {}
-        values: dict[str, Any] = {}
+        written = {RNG: files.to_json(list(states))}
+        objects: dict[str, Callable[[], bytes]] = {}
+        as_made: dict[str, tuple[str, ...]] = {}
+        still: set[str] = set()
         for name, value in self._objects.items():
             if _is_stateful(value):
-                state = _take(name, value)
-                objects[name] = {"tree": state.tree, "aliases": state.aliases}
-                if state.tensors:
-                    tensors[f"{name}.safetensors"] = state.tensors
-                moved = self._moved_buffers(name, value)
-                if moved:
-                    tensors[f"{name}{_BUFFERS}.safetensors"] = moved
+                laid, found, objects[name] = self._laid_out(name, value)
+                still |= laid.still
+                for file, names in laid.files.items():
+                    # Of one file there may be tens of thousands, and then no choice to be made.
+                    whole = len(laid.files) == 1
+                    tensors[file] = found if whole else {key: found[key] for key in names}
+                if len(laid.files) > 1:
+                    written[layout.index_file(name)] = layout.index(laid, found)
+                fleeting = _fleeting_of(name, value)
+                if fleeting:
+                    tensors[f"{name}{_BUFFERS}.safetensors"] = fleeting
+                    as_made[f"{name}{_BUFFERS}.safetensors"] = self._buffers[name]
             elif not _is_tokenizer(value):
-                values[f"{name}.json"] = value
-        full = {
+                written[f"{name}.json"] = files.to_json(value, indent=1)
+        rest = {
             "progress": dict(progress),
-            "objects": objects,
             "values": [name for name in self._objects if name not in objects],
             "moved": [
                 name
@@ -160,8 +133,7 @@ class Contents:
             ],
         }
         # What is indented takes ten times as long, while training waits: only what people read.
-        written = {STATE: files.to_json(full), RNG: files.to_json(list(states))}
-        written |= {n: files.to_json(v, indent=1) for n, v in {**values, **more}.items()}
+        written |= {n: files.to_json(v, indent=1) for n, v in more.items()}
         for name, value in self._objects.items():
             if _is_tokenizer(value) and not _is_stateful(value):
                 own = _tokenizer_files(value)
@@ -171,16 +143,35 @@ class Contents:
                         f"register one of them only, or under another name."
                     )
                 written |= own
-        return Staged(arena.stage(tensors, _METADATA), written)
+        return Staged(
+            self._arena.stage(tensors, reader.METADATA),
+            written,
+            partial(_state_text, files.to_json(rest).rstrip(), objects),
+            still=frozenset(still),
+            as_made=as_made,
+        )
 
-    def restore(self, name: str, committed: Committed, state: Mapping[str, Any]) -> list[str]:
-        """Load one object from a checkpoint; returns sentences about what differs.
+    def _laid_out(
+        self, name: str, value: Any
+    ) -> tuple[Layout, dict[str, torch.Tensor], Callable[[], bytes]]:
+        """An object's layout, its tensors, and how to make the text of the rest of its state."""
+        state = _state(name, value)
+        leaves = Leaves(state)
+        laid, numbers = self._layouts.get(name), leaves.numbers
+        if laid is None or not laid.outline.fits(leaves):
+            outline = Outline(state, leaves, name)
+            laid = layout.lay_out(name, outline, outline.tensors(leaves))
+            self._layouts[name], numbers = laid, outline.numbers
+        return laid, laid.outline.tensors(leaves), partial(laid.text, numbers)
+
+    def restore(self, name: str, images: Images, state: Mapping[str, Any]) -> list[str]:
+        """Load one object from a checkpoint's files; returns sentences about what differs.
 
         Raises CheckpointError where it does not fit, or did not arrive.
         """
         if name in self.generators:
             return []
-        value = self._objects[name]
+        value, committed = self._objects[name], images.committed
         if _is_stateful(value):
             saved = state["objects"].get(name)
             if saved is None:
@@ -189,17 +180,22 @@ class Contents:
                     f"{', '.join(sorted(state['objects'])) or 'nothing'}): register what the run "
                     f"was begun with, or begin a new run."
                 )
-            _load(name, value, committed, saved)
-            _load_buffers(name, value, committed)
-            reader.check_arrived(committed, name, _take(name, value), saved["tree"], _METADATA)
+            found = {
+                file: reader.tensors_in(images.take(file))
+                for file in layout.files_of(name, images.names())
+            }
+            _load(name, value, found, saved)
+            _load_buffers(name, value, images)
+            live = split(_state(name, value), name)
+            reader.check_arrived(committed, name, live, saved["tree"], found)
         elif not _is_tokenizer(value):
             file = f"{name}.json"
-            if all(entry.name != file for entry in committed.manifest.files):
+            if file not in images.names():
                 raise CheckpointError(
                     f"checkpoint-{committed.step} holds no '{name}': register what the run was "
                     f"begun with, or begin a new run."
                 )
-            return self._restore_value(name, files.read_json(committed.path / file), state)
+            return self._restore_value(name, images.json(file), state)
         return []
 
     def _restore_value(self, name: str, was: Any, state: Mapping[str, Any]) -> list[str]:
@@ -221,22 +217,23 @@ class Contents:
         self._begun_with[name] = was
         return [f"{changed}; the checkpoint's values are used"]
 
-    def _moved_buffers(self, name: str, value: Any) -> dict[str, torch.Tensor]:
-        """The fleeting buffers that are not as the code makes them."""
-        if not isinstance(value, torch.nn.Module):
-            return {}
-        made = self._buffers[name]
-        return {k: t for k, t in _fleeting(name, value).items() if made.get(k) != _digest(t)}
-
     def model_files(self, committed: Committed) -> list[str]:
         """The files that make up the finished model: weights, configs, tokenizer."""
-        modules = [n for n, v in self._objects.items() if isinstance(v, torch.nn.Module)]
-        kept = {f"{n}.safetensors" for n in (["model"] if "model" in modules else modules)}
-        stateful = {f"{n}.safetensors" for n, v in self._objects.items() if _is_stateful(v)}
-        ours = {STATE, RNG, "trainer_state.json", "training_args.json"}
         names = [entry.name for entry in committed.manifest.files]
-        ours |= {f"{n}{_BUFFERS}.safetensors" for n in self._objects}
-        return [n for n in names if n in kept or (n not in stateful and n not in ours)]
+        modules = [n for n, v in self._objects.items() if isinstance(v, torch.nn.Module)]
+        weights = ["model"] if "model" in modules else modules
+        other = {STATE, RNG, "trainer_state.json", "training_args.json"}
+        for name in self._objects:
+            other.add(f"{name}{_BUFFERS}.safetensors")
+            if name not in weights:
+                other |= {*layout.files_of(name, names), layout.index_file(name)}
+        return [name for name in names if name not in other]
+
+
+def _state_text(rest: bytes, objects: Mapping[str, Callable[[], bytes]]) -> bytes:
+    """The text of state.json; the objects' own texts are made here, in the thread that writes."""
+    texts = [b'"%s":%s' % (name.encode(), text()) for name, text in objects.items()]
+    return b'{"objects":{%s},%s\n' % (b",".join(texts), rest[1:])
 
 
 def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
@@ -248,30 +245,24 @@ def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def _take(name: str, value: Any) -> Split:
-    if isinstance(value, torch.nn.Module):
-        extra = {key: part.get_extra_state() for key, part in extra_states(value, name).items()}
-        return split({**plain_state(value, name), **extra}, name)
-    return split(value.state_dict(), name)
+def _state(name: str, value: Any) -> Any:
+    return module_state(value, name) if isinstance(value, torch.nn.Module) else value.state_dict()
 
 
-def _fleeting(name: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        key: getattr(part, buffer) for key, (part, buffer) in fleeting_buffers(module, name).items()
-    }
+def _fleeting_of(name: str, value: Any) -> dict[str, torch.Tensor]:
+    if not isinstance(value, torch.nn.Module):
+        return {}
+    places = fleeting_buffers(value, name)
+    return {key: getattr(part, buffer) for key, (part, buffer) in places.items()}
 
 
-def _digest(tensor: torch.Tensor) -> Any:
-    return hash_stream(writer.stream({"x": tensor}, {}))
-
-
-def _load_buffers(name: str, value: Any, committed: Committed) -> None:
+def _load_buffers(name: str, value: Any, images: Images) -> None:
     """Put back the buffers that the module's own state dict leaves out."""
     file = f"{name}{_BUFFERS}.safetensors"
-    if all(entry.name != file for entry in committed.manifest.files):
+    if file not in images.names():
         return
     places = fleeting_buffers(value, name)
-    for key, saved in reader.read_safetensors(committed.path / file).items():
+    for key, saved in reader.clones(reader.tensors_in(images.take(file))).items():
         if key not in places:
             raise CheckpointError(f"'{name}' has no buffer '{key}', which the checkpoint holds.")
         part, buffer = places[key]
@@ -281,13 +272,16 @@ def _load_buffers(name: str, value: Any, committed: Committed) -> None:
                 live.copy_(saved)
         else:
             # A cache that has grown.
-            setattr(part, buffer, saved.clone().to(live.device))
+            setattr(part, buffer, saved.to(live.device))
 
 
-def _load(name: str, value: Any, committed: Committed, saved: Mapping[str, Any]) -> None:
-    file = f"{name}.safetensors"
-    present = any(entry.name == file for entry in committed.manifest.files)
-    tensors = reader.read_safetensors(committed.path / file) if present else {}
+def _load(
+    name: str,
+    value: Any,
+    found: Mapping[str, Mapping[str, torch.Tensor]],
+    saved: Mapping[str, Any],
+) -> None:
+    tensors = {key: tensor for file in found.values() for key, tensor in file.items()}
     aliases = saved["aliases"]
     if isinstance(value, torch.nn.Module):
         extra = extra_states(value, name)
@@ -299,11 +293,11 @@ def _load(name: str, value: Any, committed: Committed, saved: Mapping[str, Any])
         }
         reader.copy_into(plain_state(value, name), named, name)
         for key, part in extra.items():
-            copies = {k: t.clone() for k, t in tensors.items() if k.startswith(key)}
+            copies = reader.clones({k: t for k, t in tensors.items() if k.startswith(key)})
             part.set_extra_state(join(saved["tree"][key], copies, aliases))
         return
-    # Copies: what is read is mapped memory of a file that retention will remove.
-    state = join(saved["tree"], {key: tensor.clone() for key, tensor in tensors.items()}, aliases)
+    # Copies: the files' own memory is not aligned as that of other tensors, and goes.
+    state = join(saved["tree"], reader.clones(tensors), aliases)
     value.load_state_dict(state)
     if isinstance(value, torch.optim.Optimizer):
         reader.keep_dtypes(value, state)

@@ -7,6 +7,7 @@ digest of itself. `read_committed` is the one predicate that answers "is this a 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -151,22 +152,17 @@ def read_committed(path: Path, lineage: Lineage) -> Committed:
 
     Raises CheckpointError with the reason where it is none: no manifest or one that does not
     parse, a file that is missing or has another size, a step that is not its name's, or a link
-    that is not on the run's lineage. Digests of the files are `verify`'s matter.
+    that is not on the run's lineage. Digests of the files are `images.verify`'s matter. Raises
+    OSError where the file system cannot tell at present.
     """
-    try:
-        fd = os.open(path / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
-            data = file.read(_MAX_MANIFEST_BYTES)
-    except OSError as error:
-        raise CheckpointError(f"it has no readable manifest ({error.strerror})") from None
-    manifest = parse(data)
+    manifest = parse(_read_manifest(path / NAME))
     if path.name != f"checkpoint-{manifest.step}":
         raise CheckpointError(f"its manifest belongs to step {manifest.step}")
     for entry in manifest.files:
         try:
             status = os.stat(path / entry.name, follow_symlinks=False)
-        except OSError:
-            raise CheckpointError(f"{entry.name} is missing") from None
+        except OSError as error:
+            raise damage_of(error, entry.name) from None
         if not stat.S_ISREG(status.st_mode) or (path / entry.name).parent.is_symlink():
             raise CheckpointError(f"{entry.name} is not a file of its own")
         if status.st_size != entry.bytes:
@@ -174,6 +170,46 @@ def read_committed(path: Path, lineage: Lineage) -> Committed:
     if not lineage.holds(manifest.link, manifest.step):
         raise CheckpointError(f"link {manifest.link} wrote it after a newer link had taken over")
     return Committed(path, manifest)
+
+
+def _read_manifest(path: Path) -> bytes:
+    try:
+        # Without waiting: a pipe in the place of a file has nobody at its other end.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise CheckpointError("its manifest is not a file of its own")
+            return file.read(_MAX_MANIFEST_BYTES)
+    except OSError as error:
+        if isinstance(damage_of(error, NAME), OSError):
+            raise
+        raise CheckpointError(f"it has no readable manifest ({error.strerror})") from None
+
+
+#: Errors that tell that a file is damaged or not there. Any other (no descriptor left, a server
+#: that does not answer) says nothing about it, and passes.
+_DAMAGE = frozenset(
+    {
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENXIO,
+        errno.EIO,
+        errno.ENODATA,
+        errno.EBADMSG,
+        errno.EUCLEAN,
+    }
+)
+
+
+def damage_of(error: OSError, name: str) -> CheckpointError | OSError:
+    """What to raise for a file of a checkpoint that cannot be read: damage, or the error itself."""
+    if error.errno not in _DAMAGE:
+        return error
+    if error.errno == errno.ENOENT:
+        return CheckpointError(f"{name} is missing")
+    return CheckpointError(f"{name} cannot be read ({error.strerror})")
 
 
 def digest_of(chunk: bytes | memoryview) -> str:
@@ -228,20 +264,3 @@ def read_pieces(path: Path) -> Iterator[bytes]:
     with os.fdopen(fd, "rb", buffering=0) as file:
         while piece := file.read(CHUNK_BYTES):
             yield piece
-
-
-def verify(committed: Committed) -> None:
-    """Check every byte. Raises CheckpointError that names the file and the place."""
-    for entry in committed.manifest.files:
-        try:
-            size, chunks = hash_stream(read_pieces(committed.path / entry.name))
-        except OSError as error:
-            raise CheckpointError(f"{entry.name} cannot be read ({error.strerror})") from None
-        if size != entry.bytes or len(chunks) != len(entry.chunks):
-            raise CheckpointError(f"{entry.name} has {size} bytes, not {entry.bytes}")
-        for index, (found, expected) in enumerate(zip(chunks, entry.chunks, strict=True)):
-            if found != expected:
-                raise CheckpointError(
-                    f"{entry.name} has changed between byte {index * CHUNK_BYTES:,} and "
-                    f"{min((index + 1) * CHUNK_BYTES, size):,}"
-                )

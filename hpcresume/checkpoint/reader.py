@@ -6,23 +6,44 @@ missed key or a stale reference is an error that names the tensor, never a sligh
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from hpcresume.checkpoint import writer
-from hpcresume.checkpoint.manifest import Committed, hash_stream
+from hpcresume.checkpoint import copying, writer
+from hpcresume.checkpoint.manifest import Committed
 from hpcresume.checkpoint.tensors import Split
 from hpcresume.errors import CheckpointError
 
+#: transformers wants to know for which framework a file was written.
+METADATA = {"format": "pt"}
 
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file, on the CPU."""
-    with safe_open(str(path), framework="pt", device="cpu") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+def tensors_in(image: memoryview) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, in the memory of its bytes."""
+    length = int.from_bytes(image[:8], "little")
+    found = {}
+    for name, entry in json.loads(bytes(image[8 : 8 + length])).items():
+        if name == "__metadata__":
+            continue
+        dtype, (start, end) = writer.TYPES[entry["dtype"]], entry["data_offsets"]
+        if start == end:
+            found[name] = torch.empty(entry["shape"], dtype=dtype)
+            continue
+        count, offset = (end - start) // dtype.itemsize, 8 + length + start
+        flat = torch.frombuffer(image, dtype=dtype, count=count, offset=offset)
+        found[name] = flat.view(entry["shape"])
+    return found
+
+
+def clones(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies, each in memory of its own: aligned as any other tensor, and as long-lived."""
+    copies = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    targets = list(copies.values())
+    copying.copy(targets, list(tensors.values()), copying.shares(targets))
+    return copies
 
 
 def copy_into(
@@ -41,14 +62,14 @@ def copy_into(
             )
             + "."
         )
-    with torch.no_grad():
-        for name, tensor in live.items():
-            source = saved[name]
-            if source.shape != tensor.shape or source.dtype != tensor.dtype:
-                raise CheckpointError(
-                    f"'{what}.{name}' is {_kind(tensor)} here, {_kind(source)} in the checkpoint."
-                )
-            tensor.copy_(source)
+    for name, tensor in live.items():
+        source = saved[name]
+        if source.shape != tensor.shape or source.dtype != tensor.dtype:
+            raise CheckpointError(
+                f"'{what}.{name}' is {_kind(tensor)} here, {_kind(source)} in the checkpoint."
+            )
+    targets = list(live.values())
+    copying.copy(targets, [saved[name] for name in live], copying.shares(targets))
 
 
 def _kind(tensor: torch.Tensor) -> str:
@@ -72,30 +93,31 @@ def keep_dtypes(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> N
 
 
 def check_arrived(
-    committed: Committed, name: str, live: Split, tree: Any, metadata: Mapping[str, str]
+    committed: Committed,
+    name: str,
+    live: Split,
+    tree: Any,
+    saved: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> None:
     """Raise CheckpointError unless a live state is byte for byte what the checkpoint holds.
 
-    `tree` is the JSON half in the checkpoint; `name` the object, whose tensors are in
-    `<name>.safetensors`.
+    `tree` is the JSON half in the checkpoint, `saved` are the tensors of each of its files.
     """
     if not same_tree(live.tree, tree):
         raise CheckpointError(
             f"'{name}' did not take over what checkpoint-{committed.step} holds: "
             f"{_first_difference(tree, live.tree, name)}."
         )
-    file = f"{name}.safetensors"
-    if not live.tensors:
-        return
-    if (
-        hash_stream(writer.stream(live.tensors, metadata))[1]
+    held = {key for tensors in saved.values() for key in tensors}
+    if held == live.tensors.keys() and all(
+        writer.digests({key: live.tensors[key] for key in tensors}, METADATA)
         == committed.manifest.entry(file).chunks
+        for file, tensors in saved.items()
     ):
         return
-    saved = read_safetensors(committed.path / file)
-    for key in sorted(live.tensors.keys() | saved.keys()):
-        here, there = live.tensors.get(key), saved.get(key)
-        if here is None or there is None or not _same(here, there):
+    there = {key: tensor for tensors in saved.values() for key, tensor in tensors.items()}
+    for key in sorted(live.tensors.keys() | held):
+        if key not in live.tensors or key not in there or not _same(live.tensors[key], there[key]):
             raise CheckpointError(
                 f"'{name}': tensor '{key}' is not what checkpoint-{committed.step} holds after "
                 f"loading it."
@@ -106,8 +128,7 @@ def check_arrived(
 def _same(here: torch.Tensor, there: torch.Tensor) -> bool:
     if here.dtype != there.dtype or here.shape != there.shape:
         return False
-    left, right = ({"x": t} for t in (here, there))
-    return hash_stream(writer.stream(left, {})) == hash_stream(writer.stream(right, {}))
+    return writer.digests({"x": here}, {}) == writer.digests({"x": there}, {})
 
 
 def same_tree(saved: Any, live: Any) -> bool:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from hpcresume import files
-from hpcresume.checkpoint import disk, retention
+from hpcresume.checkpoint import disk, images, retention
 from hpcresume.checkpoint import manifest as manifests
+from hpcresume.checkpoint.images import Images
 from hpcresume.checkpoint.manifest import Committed, FileEntry, Manifest
 from hpcresume.errors import CheckpointError, HpcResumeError
 from hpcresume.journal import Lineage
@@ -39,7 +40,7 @@ class Store:
         self.run_id = run_id
 
     def committed(self, lineage: Lineage) -> list[Committed]:
-        """All checkpoints, ascending by step; what is none is left out."""
+        """All checkpoints, ascending by step; what is none is left out. Raises OSError."""
         found = []
         for step in self.run.checkpoint_steps():
             with contextlib.suppress(CheckpointError):
@@ -53,15 +54,15 @@ class Store:
             raise CheckpointError("it belongs to another run")
         return found
 
-    def latest_verified(self, lineage: Lineage, on_bad: OnBad) -> Committed | None:
-        """The newest checkpoint of which every byte is as it was written.
+    def latest_verified(self, lineage: Lineage, on_bad: OnBad) -> Images | None:
+        """The newest checkpoint of which every byte is as it was written, read into memory.
 
         What fails is quarantined and told to `on_bad(step, reason)`; then the next older is tried.
+        Raises OSError where the file system cannot tell at present: nothing is quarantined then.
         """
         for step in reversed(self.run.checkpoint_steps()):
             try:
-                found = self._read(step, lineage)
-                manifests.verify(found)
+                return images.read(self._read(step, lineage))
             except CheckpointError as error:
                 try:
                     self.quarantine(step)
@@ -69,8 +70,6 @@ class Store:
                     # The retention of a link that has not ended yet was faster.
                     continue
                 on_bad(step, str(error))
-                continue
-            return found
         return None
 
     def quarantine(self, step: int) -> Path:
@@ -133,7 +132,7 @@ class Store:
         try:
             os.rename(partial, target)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
             try:
                 self._read(step, lineage)
@@ -163,7 +162,7 @@ class Store:
         if not going:
             return []
         try:
-            manifests.verify(present[-1])
+            images.verify(present[-1])
         except CheckpointError as error:
             log.error("checkpoint-%d is damaged: %s; the older ones stay", present[-1].step, error)
             return []

@@ -7,6 +7,7 @@ back. Nothing is pickled; what is neither a tensor nor JSON is refused by name.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,12 +30,15 @@ class Split:
     tree: Any
     tensors: dict[str, torch.Tensor]
     aliases: dict[str, str]
+    order: tuple[str, ...] = ()
+    """All names, aliases among them, in the order of the tree."""
 
 
 def split(state: Any, what: str) -> Split:
     """Take the tensors out of a state; `what` names it in errors."""
     tensors: dict[str, torch.Tensor] = {}
     tree = _strip(state, "", what, tensors)
+    order = tuple(tensors)
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     for name in sorted(tensors):
@@ -45,7 +49,7 @@ def split(state: Any, what: str) -> Split:
         if first.setdefault(identity, name) != name:
             aliases[name] = first[identity]
             del tensors[name]
-    return Split(tree, tensors, aliases)
+    return Split(tree, tensors, aliases, order)
 
 
 def _strip(value: Any, path: str, what: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -55,7 +59,7 @@ def _strip(value: Any, path: str, what: str, tensors: dict[str, torch.Tensor]) -
             raise CheckpointError(f"The state of '{what}' has two tensors named '{name}'.")
         tensors[name] = _plain_tensor(value.detach(), name, what)
         return {"$tensor": name}
-    if _is_scalar(value):
+    if is_scalar(value):
         return value
     if isinstance(value, Mapping):
         plain = not isinstance(value, Counter)
@@ -70,10 +74,10 @@ def _strip(value: Any, path: str, what: str, tensors: dict[str, torch.Tensor]) -
         return [_strip(v, _join(path, i), what, tensors) for i, v in enumerate(value)]
     if isinstance(value, tuple):
         return {"$tuple": [_strip(v, _join(path, i), what, tensors) for i, v in enumerate(value)]}
-    if isinstance(value, (set, frozenset)) and all(_is_scalar(element) for element in value):
+    if isinstance(value, (set, frozenset)) and all(is_scalar(element) for element in value):
         return {"$set": sorted(value, key=repr)}
     item = getattr(value, "item", None)
-    if callable(item) and getattr(value, "shape", None) == () and _is_scalar(number := item()):
+    if callable(item) and getattr(value, "shape", None) == () and is_scalar(number := item()):
         return number  # a NumPy scalar
     raise CheckpointError(
         f"The state of '{what}' holds a {type(value).__name__} at '{path}', which is neither a "
@@ -81,7 +85,8 @@ def _strip(value: Any, path: str, what: str, tensors: dict[str, torch.Tensor]) -
     )
 
 
-def _is_scalar(value: Any) -> bool:
+def is_scalar(value: Any) -> bool:
+    """Whether JSON has a word for a value that holds no others."""
     return value is None or isinstance(value, (bool, int, float, str))
 
 
@@ -132,6 +137,7 @@ def join(tree: Any, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, s
     return tree
 
 
+@functools.lru_cache(1 << 17)
 def plain_name(name: str) -> str:
     """A parameter's name without what wrappers added, at any depth."""
     *modules, last = name.split(".")
@@ -140,12 +146,21 @@ def plain_name(name: str) -> str:
 
 def plain_state(module: torch.nn.Module, what: str) -> dict[str, torch.Tensor]:
     """The live tensors of a module under plain names. Two of one name are an error."""
+    return {
+        name: value
+        for name, value in module_state(module, what).items()
+        if isinstance(value, torch.Tensor) and not name.endswith(_EXTRA)
+    }
+
+
+def module_state(module: torch.nn.Module, what: str) -> dict[str, Any]:
+    """The live tensors and the extra states of a module under plain names."""
     state = module.state_dict(keep_vars=True)
-    found = {}
-    for name, value in _plainly(state, what).items():
-        if isinstance(value, torch.Tensor) and not name.endswith(_EXTRA):
-            found[name] = value.detach()
-    return found
+    return {
+        name: value
+        for name, value in _plainly(state, what).items()
+        if isinstance(value, torch.Tensor) or name.endswith(_EXTRA)
+    }
 
 
 def extra_states(module: torch.nn.Module, what: str) -> dict[str, torch.nn.Module]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import xxhash
 
 from hpcresume import files
 from hpcresume.checkpoint.manifest import CHUNK_BYTES, FileEntry, digest_of
 from hpcresume.errors import CheckpointError
 
+_MOST_THREADS = 4
 #: The names of safetensors' own specification.
 _DTYPES = {
     torch.float64: "F64",
@@ -33,6 +37,8 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+#: The same, the other way.
+TYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 def layout(tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -62,26 +68,49 @@ def header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
     return len(text).to_bytes(8, "little") + text
 
 
-def stream(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> Iterator[memoryview]:
-    """The bytes of the file, in pieces of at most one chunk, from the tensors' own memory.
+def digests(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The digests of the file's chunks, from the tensors' own memory.
 
-    Only what is not contiguous on the CPU is copied first, one tensor at a time.
+    What is not contiguous on the CPU is copied first, and given back at once.
     """
-    yield memoryview(header(tensors, metadata))
+    head = header(tensors, metadata)
+    pieces: list[bytes | torch.Tensor] = [head]
+    starts, end = [0], len(head)
     for name in layout(tensors):
         tensor = tensors[name].detach()
-        if tensor.is_conj() or tensor.is_neg():
-            tensor = tensor.resolve_conj().resolve_neg()
-        tensor = tensor.to("cpu").contiguous()
-        size = tensor.numel() * tensor.element_size()
-        if not size:
-            continue
-        # The view does not own the memory; `tensor` does, and lives until the last piece is out.
-        view = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
-        for start in range(0, size, CHUNK_BYTES):
-            yield view[start : start + CHUNK_BYTES]
+        if tensor.numel():
+            pieces.append(tensor.resolve_conj().resolve_neg())
+            starts.append(end)
+            end += tensor.numel() * tensor.element_size()
+
+    def digest(begin: int) -> str:
+        hasher = xxhash.xxh3_128()
+        place = bisect.bisect_right(starts, begin) - 1
+        while place < len(pieces) and starts[place] < begin + CHUNK_BYTES:
+            first = max(0, begin - starts[place])
+            _hash(hasher, pieces[place], first, begin + CHUNK_BYTES - starts[place])
+            place += 1
+        return hasher.hexdigest()
+
+    begins = range(0, end, CHUNK_BYTES)
+    if len(begins) == 1 or any(t.device.type != "cpu" for t in tensors.values()):
+        return tuple(map(digest, begins))
+    with ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0))), "digest") as pool:
+        return tuple(pool.map(digest, begins))
+
+
+def _hash(hasher: xxhash.xxh3_128, piece: bytes | torch.Tensor, first: int, last: int) -> None:
+    """Hash some bytes of a piece. They end where an element ends: wide types come first."""
+    if isinstance(piece, bytes):
+        hasher.update(piece[first:last])
+        return
+    width = piece.element_size()
+    whole = first == 0 and last >= piece.numel() * width
+    if not (whole and piece.is_cpu and piece.is_contiguous()):
+        piece = piece.reshape(-1)[first // width : last // width].to("cpu").contiguous()
+    # The view does not own the memory; `piece` does, and lives until it is hashed.
+    address = (ctypes.c_char * (piece.numel() * width)).from_address(piece.data_ptr())
+    hasher.update(memoryview(address))
 
 
 def write_file(path: Path, content: bytes | memoryview) -> FileEntry:

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import click
 
 from hpcresume import files
-from hpcresume.checkpoint import disk, retention
-from hpcresume.checkpoint import manifest as manifests
+from hpcresume.checkpoint import disk, images, retention
 from hpcresume.checkpoint.listing import Listing, list_checkpoints
 from hpcresume.checkpoint.manifest import Committed
 from hpcresume.cli.options import chosen_run, runs_option
@@ -209,7 +208,7 @@ def _damage(found: Committed, reading: Reading) -> str:
         reading.has_read(found.path.name, 0)
         alone = dataclasses.replace(found.manifest, files=(entry,))
         try:
-            manifests.verify(Committed(found.path, alone))
+            images.verify(Committed(found.path, alone))
         except CheckpointError as error:
             return str(error)
         reading.has_read(found.path.name, entry.bytes)

@@ -17,8 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from hpcresume import files
-from hpcresume.checkpoint import contents
-from hpcresume.checkpoint.arena import Arena
+from hpcresume.checkpoint import images
 from hpcresume.checkpoint.cadence import (
     PRIOR_MTBF_S,
     UNMEASURED_S,
@@ -27,9 +26,11 @@ from hpcresume.checkpoint.cadence import (
     average,
     mean_time_between_failures,
 )
-from hpcresume.checkpoint.contents import Contents, Staged
+from hpcresume.checkpoint.contents import Contents
+from hpcresume.checkpoint.images import Images
 from hpcresume.checkpoint.manifest import Committed, read_committed
 from hpcresume.checkpoint.retention import Policy, policy_of
+from hpcresume.checkpoint.staged import STATE, Staged
 from hpcresume.checkpoint.store import Store
 from hpcresume.errors import CheckpointError, Fenced
 from hpcresume.journal import (
@@ -52,8 +53,8 @@ _NICE = 10
 class Saver:
     """Finds, restores from and commits checkpoints, for all ranks of a link alike.
 
-    `committed` is the newest one on the lineage, `state` the state.json of the one that the link
-    began with, None in a fresh run.
+    `committed` is the newest one on the lineage; `images` are the files of the one that the link
+    began with, until training begins, and `state` is its state.json; None in a fresh run.
     """
 
     def __init__(self, berth: Berth, registered: Contents, metrics: MetricLog) -> None:
@@ -67,14 +68,15 @@ class Saver:
         self._mtbf_s = PRIOR_MTBF_S
         self.auto_s = UNMEASURED_S
         """Seconds from one save to the next, where the run's saves are to find that themselves."""
-        self._arena = Arena()
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=give_way)
         self._writing: Future[None] | None = None
         self.saved_at = time.monotonic()
-        self.committed = self._find()
+        self.images = self._find()
+        self.committed: Committed | None = None
         self.state: dict[str, Any] | None = None
-        if self.committed is not None:
-            self.state = files.read_json(self.committed.path / contents.STATE)
+        if self.images is not None:
+            self.committed = self.images.committed
+            self.state = self.images.json(STATE)
         self.tried_step = 0 if self.state is None else self.progress["global_step"]
         self._lineage = self._adopt()
         if checkpoint.minutes == "auto" and berth.ranks.rank == 0:
@@ -89,10 +91,10 @@ class Saver:
 
     # ---- the beginning ------------------------------------------------------------------
 
-    def _find(self) -> Committed | None:
+    def _find(self) -> Images | None:
         """The newest verified checkpoint: rank 0 decides, all ranks use the same."""
         berth = self._berth
-        found: Committed | None = None
+        found: Images | None = None
         if berth.ranks.rank == 0 and not berth.begin_fresh:
             found = self._store.latest_verified(berth.lineage, self._note_bad)
             self._store.sweep(berth.link.number)
@@ -102,10 +104,14 @@ class Saver:
                     f"but no usable checkpoint is left in {berth.run.path}: put one back, or begin "
                     f"a new run."
                 )
-        step = berth.ranks.broadcast(None if found is None else found.step)
+        step = berth.ranks.broadcast(None if found is None else found.committed.step)
         if step is None or found is not None:
             return found
-        return read_committed(berth.run.checkpoint(step), berth.lineage)
+        return images.read(read_committed(berth.run.checkpoint(step), berth.lineage))
+
+    def begun(self) -> None:
+        """All is restored: the memory of what was read is given back."""
+        self.images = None
 
     def _note_bad(self, step: int, reason: str) -> None:
         log.warning("checkpoint-%d is not used: %s; it is quarantined", step, reason)
@@ -190,7 +196,7 @@ class Saver:
             "trainer_state.json": trainer_state(),
             "training_args.json": self._berth.config.args,
         }
-        staged = self._contents.stage(self._arena, progress, rng, more)
+        staged = self._contents.stage(progress, rng, more)
         self.saved_at = time.monotonic()
         self._stalls.append(self.saved_at - began)
         record = {**record, "stall": round(self._stalls[-1], 4)}
@@ -281,7 +287,11 @@ class Saver:
 
     def _prune(self, policy: Policy) -> None:
         """Remove what need not be kept any more."""
-        removed = self._store.prune(self._lineage, policy)
+        try:
+            removed = self._store.prune(self._lineage, policy)
+        except OSError as error:
+            log.warning("older checkpoints stay for now: %s", error)
+            return
         if removed:
             log.debug("removed the checkpoints of steps %s", ", ".join(map(str, removed)))
 
