@@ -30,8 +30,6 @@ from typing import Any
 
 import torch
 
-from hpcresume import files
-from hpcresume.checkpoint.arena import Arena
 from hpcresume.checkpoint.contents import Contents
 from hpcresume.checkpoint.manifest import Committed
 from hpcresume.checkpoint.store import Store
@@ -74,7 +72,6 @@ class Bench:
         self.target = torch.ones(self.state.bytes // 4)
         self.contents = Contents()
         self.contents.add("model", self.state)
-        self.arena = Arena()
         self.run = RunDir(folder / "run")
         self.run.create("", cluster="none", project=folder, versions={})
         self.store = Store(self.run, self.run.identify()["id"])
@@ -85,7 +82,7 @@ class Bench:
 
     def stage(self) -> Any:
         """What training waits for."""
-        return self.contents.stage(self.arena, {}, [], {})
+        return self.contents.stage({}, [], {})
 
     def commit(self, staged: Any) -> Committed:
         """What the thread does."""
@@ -115,7 +112,7 @@ class Bench:
         def load() -> None:
             found = self.store.latest_verified(Lineage(), lambda step, reason: None)
             assert found is not None
-            self.contents.restore("model", found, files.read_json(found.path / "state.json"))
+            self.contents.restore("model", found, found.json("state.json"))
 
         return timed(load)
 

@@ -275,7 +275,9 @@ def outcome(run: RunDir) -> dict[str, Any]:
     parts["state"] = json.dumps(state, sort_keys=True)
     # A float's text holds all its bits; NaN equals itself as text.
     parts["log"] = [json.dumps(line) for line in log_lines(run)]
-    parts["final model"] = digest(run.final_model / "model.safetensors")
+    weights = sorted(run.final_model.glob("*.safetensors"))
+    assert weights
+    parts["final model"] = {path.name: digest(path) for path in weights}
     parts["completed"] = files.read_json(run.trainer_state)["completed"]
     return parts
 

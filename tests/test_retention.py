@@ -19,11 +19,12 @@ from hpcresume.checkpoint.disk import (
     Plan,
     Room,
     holdings,
+    occupied_bytes,
     preflight,
     remove,
     room_of_disk,
 )
-from hpcresume.checkpoint.manifest import FileEntry, Manifest
+from hpcresume.checkpoint.manifest import Committed, FileEntry, Manifest
 from hpcresume.checkpoint.retention import (
     Policy,
     best_steps,
@@ -383,15 +384,30 @@ def test_a_quota_that_is_overdrawn_has_nothing_left() -> None:
     assert "has 0 B left: free 6.0 GB there" in plan.refusal
 
 
-def test_what_checkpoints_hold_is_told_in_the_order_that_was_asked_for() -> None:
-    sizes = {"a": 5, "b": 7}
+def with_files(folder: Path, step: int, **sizes: int) -> Committed:
+    """A checkpoint with files of these sizes."""
+    folder.mkdir()
+    for name, size in sizes.items():
+        (folder / name).write_bytes(bytes(size))
     entries = tuple(FileEntry(name=k, bytes=size, chunks=()) for k, size in sizes.items())
-    found = [dataclasses.replace(manifest(step), files=entries[:step]) for step in (1, 2)]
+    return Committed(folder, dataclasses.replace(manifest(step), files=entries))
+
+
+def test_what_checkpoints_hold_is_told_in_the_order_that_was_asked_for(tmp_path: Path) -> None:
+    found = [with_files(tmp_path / "1", 1, a=5), with_files(tmp_path / "2", 2, a=5, b=7)]
     # The manifest and the directory are files too.
     assert holdings(found, [2, 1]) == [
         Held(step=2, bytes=12, files=4),
         Held(step=1, bytes=5, files=3),
     ]
+
+
+def test_a_file_that_two_checkpoints_have_gives_no_room_when_one_goes(tmp_path: Path) -> None:
+    found = [with_files(tmp_path / "1", 1, a=5), with_files(tmp_path / "2", 2, a=5, b=7)]
+    (tmp_path / "2" / "a").unlink()
+    (tmp_path / "2" / "a").hardlink_to(tmp_path / "1" / "a")
+    assert holdings(found, [1]) == [Held(step=1, bytes=0, files=3)]
+    assert occupied_bytes(found) == 12
 
 
 rooms = st.builds(

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpcresume import files
-from hpcresume.checkpoint.manifest import Manifest
+from hpcresume.checkpoint.manifest import Committed
 from hpcresume.run_dir import RunDir
 
 #: Kept free besides, for the journal, the logs and what a file system rounds up.
@@ -109,13 +109,37 @@ def room_of_disk(path: Path) -> Room:
     )
 
 
-def holdings(manifests: Sequence[Manifest], steps: Sequence[int]) -> list[Held]:
-    """What the checkpoints of some steps hold, in that order; manifest and directory included."""
-    found = {manifest.step: manifest for manifest in manifests}
+def holdings(present: Sequence[Committed], steps: Sequence[int]) -> list[Held]:
+    """What would be free without the checkpoints of some steps, in that order.
+
+    Manifest and directory are counted; a file that another checkpoint has as well is not.
+    """
+    found = {committed.step: committed for committed in present}
     return [
-        Held(step=step, bytes=found[step].payload_bytes, files=len(found[step].files) + 2)
+        Held(
+            step=step,
+            bytes=sum(size for _, size, names in _occupied(found[step]) if names == 1),
+            files=len(found[step].manifest.files) + 2,
+        )
         for step in steps
     ]
+
+
+def occupied_bytes(present: Sequence[Committed]) -> int:
+    """What checkpoints take together: a file that several of them have is there once."""
+    files = {file: size for each in present for file, size, _ in _occupied(each)}
+    return sum(files.values())
+
+
+def _occupied(committed: Committed) -> Iterator[tuple[tuple[int, int], int, int]]:
+    """For each file: which it is on the disk, its size in bytes, and how many names it has."""
+    for entry in committed.manifest.files:
+        try:
+            status = os.stat(committed.path / entry.name)
+        except OSError:
+            # It has just been removed with its checkpoint.
+            continue
+        yield (status.st_dev, status.st_ino), status.st_size, status.st_nlink
 
 
 def remove(run: RunDir, step: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from hpcresume import files
 from hpcresume.checkpoint import retention
-from hpcresume.checkpoint.disk import room_of_disk
+from hpcresume.checkpoint.disk import occupied_bytes, room_of_disk
 from hpcresume.checkpoint.manifest import Committed, Manifest, read_committed
 from hpcresume.checkpoint.retention import Policy
 from hpcresume.checkpoint.store import Store
@@ -48,8 +48,8 @@ class Listing:
 
     @property
     def total_bytes(self) -> int:
-        """What all of them hold."""
-        return sum(manifest.payload_bytes for manifest in self.manifests)
+        """What all of them take on the disk."""
+        return occupied_bytes(self.found)
 
     @property
     def each_bytes(self) -> int:

@@ -20,7 +20,7 @@ Twin = Callable[[FileEntry], Path | None]
 
 @dataclass(frozen=True)
 class Staged:
-    """A save that needs the live objects no more."""
+    """What is to be written."""
 
     images: list[Image]
     others: dict[str, bytes]
@@ -31,11 +31,30 @@ class Staged:
     """Files of what is not trained: they may be there already."""
     as_made: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Files that are left out where their digests are these."""
+    links: Mapping[str, tuple[FileEntry, Path]] = field(default_factory=dict)
+    """Files that are there already, and where."""
+
+    def beside(self, twin: Twin) -> Staged:
+        """The same save without what need not be written: it is as made, or `twin` finds it."""
+        links, left_out = {}, set()
+        for image in self.images:
+            if image.name not in self.still and image.name not in self.as_made:
+                continue
+            size, digests = hash_stream([image.content])
+            if digests == self.as_made.get(image.name):
+                left_out.add(image.name)
+            elif image.name in self.still:
+                entry = FileEntry(name=image.name, bytes=size, chunks=digests)
+                path = twin(entry)
+                if path is not None:
+                    links[image.name] = (entry, path)
+        images = [image for image in self.images if image.name not in left_out]
+        return replace(self, images=images, links=links)
 
     @property
     def size_bytes(self) -> int:
-        """Size of all files, nearly: the tree of a state is small beside its tensors."""
-        content = [image.content for image in self.images]
+        """What it takes on the disk, nearly: the tree of a state is small beside its tensors."""
+        content = [image.content for image in self.images if image.name not in self.links]
         return sum(map(len, content)) + sum(map(len, self.others.values()))
 
     @property
@@ -43,23 +62,13 @@ class Staged:
         """How many files it will be."""
         return len(self.images) + len(self.others) + 1
 
-    def write(self, directory: Path, twin: Twin = lambda entry: None) -> list[FileEntry]:
-        """Write everything into an empty directory, fsynced. Raises OSError.
-
-        What is not trained is linked instead, where `twin` finds the same bytes.
-        """
-        entries = []
-        for image in self.images:
-            digests = None
-            if image.name in self.as_made or image.name in self.still:
-                digests = hash_stream([image.content])[1]
-            if digests is not None and digests == self.as_made.get(image.name):
-                continue
-            entry = None
-            if digests is not None and image.name in self.still:
-                same = FileEntry(name=image.name, bytes=len(image.content), chunks=digests)
-                entry = _linked(same, twin(same), directory)
-            entries.append(entry or writer.write_file(directory / image.name, image.content))
+    def write(self, directory: Path) -> list[FileEntry]:
+        """Write everything into an empty directory, fsynced. Raises OSError."""
+        entries = [
+            _linked(directory, *self.links.get(image.name, ()))
+            or writer.write_file(directory / image.name, image.content)
+            for image in self.images
+        ]
         folders = set()
         for name, content in {**self.others, STATE: self.state()}.items():
             path = directory / name
@@ -72,13 +81,15 @@ class Staged:
         return entries
 
 
-def _linked(entry: FileEntry, twin: Path | None, directory: Path) -> FileEntry | None:
-    """Give a file a second name; None where it has to be written."""
-    if twin is None:
+def _linked(
+    directory: Path, entry: FileEntry | None = None, source: Path | None = None
+) -> FileEntry | None:
+    """Give a file that is there a second name; None where it has to be written."""
+    if entry is None or source is None:
         return None
     try:
-        os.link(twin, directory / entry.name, follow_symlinks=False)
+        os.link(source, directory / entry.name, follow_symlinks=False)
     except OSError:
-        # It may have been removed, and not every file system has links.
+        # It has been removed meanwhile, or the file system has no links.
         return None
     return entry

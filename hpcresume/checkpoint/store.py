@@ -38,6 +38,7 @@ class Store:
     def __init__(self, run: RunDir, run_id: str) -> None:
         self.run = run
         self.run_id = run_id
+        self._may_link = True
 
     def committed(self, lineage: Lineage) -> list[Committed]:
         """All checkpoints, ascending by step; what is none is left out. Raises OSError."""
@@ -69,6 +70,7 @@ class Store:
                 except FileNotFoundError:
                     # The retention of a link that has not ended yet was faster.
                     continue
+                self._may_link = False
                 on_bad(step, str(error))
         return None
 
@@ -148,6 +150,24 @@ class Store:
             os.rename(target, partial)
             raise
 
+    def twin(self, lineage: Lineage, entry: FileEntry) -> Path | None:
+        """A file with the bytes of `entry`, which may be linked to; None where it must be written.
+
+        There must be two of them on the disk, so that one bad sector does not spoil all that is
+        kept; they take turns, so that retention leaves both. Raises OSError.
+        """
+        if not self._may_link:
+            # Bytes have changed on this disk: what is written from here on owes it nothing.
+            return None
+        found: dict[tuple[int, int], Path] = {}
+        for committed in reversed(self.committed(lineage)):
+            for other in committed.manifest.files:
+                if (other.bytes, other.chunks) == (entry.bytes, entry.chunks):
+                    path = committed.path / other.name
+                    status = path.stat()
+                    found.setdefault((status.st_dev, status.st_ino), path)
+        return list(found.values())[1] if len(found) > 1 else None
+
     def prune(self, lineage: Lineage, policy: retention.Policy) -> list[int]:
         """Remove what the policy lets go; returns the steps. A failed removal is only logged.
 
@@ -165,6 +185,7 @@ class Store:
             images.verify(present[-1])
         except CheckpointError as error:
             log.error("checkpoint-%d is damaged: %s; the older ones stay", present[-1].step, error)
+            self._may_link = False
             return []
         return [step for step in going if self._remove(step)]
 
@@ -193,7 +214,7 @@ class Store:
             [disk.room_of_disk(self.run.path)],
             needed_bytes=num_bytes,
             needed_files=num_files,
-            candidates=disk.holdings(present, going),
+            candidates=disk.holdings(found, going),
         )
         self._remove_all(plan.remove, found)
         return plan.refusal

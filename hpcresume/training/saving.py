@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from hpcresume import files
@@ -216,6 +217,7 @@ class Saver:
         step, epoch = progress["global_step"], progress["epoch"]
         try:
             self._metrics.sync()
+            staged = staged.beside(partial(self._store.twin, self._lineage))
             self._make_room(staged, step)
             self.committed = self._store.commit(
                 staged.write,
@@ -294,6 +296,10 @@ class Saver:
             return
         if removed:
             log.debug("removed the checkpoints of steps %s", ", ".join(map(str, removed)))
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that there are, ascending; on rank 0."""
+        return [found.step for found in self._store.committed(self._lineage)]
 
     def close(self) -> None:
         """Let a save that is being written come to its end."""
