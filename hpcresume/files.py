@@ -114,6 +114,9 @@ class LineWriter:
         self.path = path
         self._unwritten = bytearray()
         self._lock = threading.Lock()
+        self._mode = mode
+        self._doubtful = False
+        """Whether an fsync has failed: the next one may say "done" although bytes are lost."""
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, mode)
         size = os.fstat(self._fd).st_size
         if not size:
@@ -129,7 +132,7 @@ class LineWriter:
             self._unwritten += lines
             self._write()
         if sync:
-            os.fsync(self._fd)
+            self.sync()
 
     def _write(self) -> None:
         while self._unwritten:
@@ -139,11 +142,29 @@ class LineWriter:
         """Write what was refused before; the length of the file now, in bytes."""
         with self._lock:
             self._write()
-        return self.size_bytes()
+            return self.size_bytes()
 
     def sync(self) -> None:
-        """Make the lines that are written survive a power loss."""
-        os.fsync(self._fd)
+        """Make the lines that are written survive a power loss. Raises OSError.
+
+        After a failure the next call writes the file anew, and syncs that.
+        """
+        if self._doubtful:
+            with self._lock:
+                self._write_anew()
+            return
+        try:
+            os.fsync(self._fd)
+        except OSError:
+            self._doubtful = True
+            raise
+
+    def _write_anew(self) -> None:
+        data = self.path.read_bytes()
+        write_durably(self.path, data, self._mode)
+        os.close(self._fd)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        self._doubtful = False
 
     def size_bytes(self) -> int:
         """Length of the file now."""

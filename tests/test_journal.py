@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -145,6 +146,33 @@ def test_lines_are_whole_and_in_order_once_a_full_disk_has_room_again(tmp_path: 
     writer.close()
     read = [line["n"] for line in files.read_lines(tmp_path / "lines")]
     assert read == [*range(0, 60, 7), 60]
+
+
+def test_a_file_whose_sync_failed_is_never_synced_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failed, synced = os.fsync, set[int](), list[int]()
+
+    def fsync(fd: int) -> None:
+        inode = os.fstat(fd).st_ino
+        if not synced and path.exists() and inode == path.stat().st_ino:
+            failed.add(inode)
+            raise OSError(errno.EIO, "Input/output error")
+        synced.append(inode)
+        real(fd)
+
+    path = tmp_path / "lines"
+    writer = files.LineWriter(path)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output"):
+        writer.append({"n": 1}, sync=True)
+    writer.append({"n": 2})
+    writer.sync()
+    writer.append({"n": 3}, sync=True)
+    writer.close()
+    assert failed and not failed & set(synced)
+    assert path.stat().st_ino in synced and path.stat().st_mode & 0o777 == 0o600
+    assert [line["n"] for line in files.read_lines(path)] == [1, 2, 3]
 
 
 # Durable files
