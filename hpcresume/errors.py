@@ -8,6 +8,7 @@
     ├── SubmissionRejected    6   the scheduler said no; its words verbatim
     ├── CheckpointError       7   a checkpoint is missing, broken, or does not fit
     ├── ChainStopped          8   a budget is spent, or no progress
+    │   └── NonFinite         8   a loss or a gradient norm is not a finite number
     └── RunLive               9   the run is live elsewhere
         └── Fenced            9   a newer link has claimed the run
 
@@ -70,6 +71,15 @@ class ChainStopped(HpcResumeError):
     """The chain stopped for a recorded reason: a budget, or no progress."""
 
     exit_code = 8
+
+
+class NonFinite(ChainStopped):
+    """A logged metric was not finite in a step; no state after that step is kept."""
+
+    def __init__(self, message: str, *, metric: str, step: int) -> None:
+        super().__init__(message)
+        self.metric = metric
+        self.step = step
 
 
 class RunLive(HpcResumeError):

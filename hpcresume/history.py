@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,16 @@ from hpcresume import files
 from hpcresume.chain import (
     HANG,
     NODE_CAUSES,
+    Budgets,
+    Decision,
     Evidence,
     Failure,
     PastLink,
     cause_named,
     cause_of,
+    spent,
 )
+from hpcresume.config import RunConfig
 from hpcresume.journal import LinkRecords, Record
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.environment import node_names
@@ -88,6 +92,39 @@ def past_link(story: Story, link: LinkRecords, job: JobInfo | None) -> PastLink:
         num_nodes=num_nodes,
         ended_at=max(times),
     )
+
+
+def budgets_of(config: RunConfig) -> Budgets:
+    """What a chain may use up, as configured."""
+    given = config.chain
+    return Budgets(**{field.name: getattr(given, field.name) for field in fields(Budgets)})
+
+
+def end_of(past: PastLink) -> dict[str, Any]:
+    """A link's end for its record, from which `past_link` reads it again."""
+    return {
+        "cause": past.cause.value,
+        "detail": past.detail,
+        "who": past.who,
+        "failure": asdict(past.failure) if past.failure else None,
+        "first_step": past.first_step,
+        "committed_step": past.committed_step,
+        "seconds": round(past.seconds, 3),
+        "nodes": list(past.nodes),
+    }
+
+
+def verdict_of(decision: Decision, history: Sequence[PastLink]) -> dict[str, Any]:
+    """A decision for its record, with the numbers behind it."""
+    return {
+        "decision": decision.kind,
+        "reason": decision.reason,
+        "cause": decision.cause.value,
+        "rule": decision.rule,
+        "delay_s": decision.delay_s,
+        "exclude_nodes": list(decision.exclude_nodes),
+        "numbers": decision.numbers or spent(history).to_json(),
+    }
 
 
 def failed_nodes(link: LinkRecords) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """The supervisor: one job of a run from its start to its end, on the batch host, without torch.
 
-In order: what became of the link before; claim; queue the links ahead; start the ranks; watch the
-clock and the requests; decide what follows, and leave. Reached by `Link(path)` (submitit) and by
-`hpcresume link` (sbatch files, the local driver).
+In order: what became of the link before; claim; queue the links ahead (`successors`); start the
+ranks; watch the clock and the requests; decide what follows, and leave. Reached by `Link(path)`
+(submitit) and by `hpcresume link` (sbatch files, the local driver).
 """
 
 from __future__ import annotations
@@ -11,39 +11,39 @@ import contextlib
 import logging
 import os
 import random
-import secrets
+import signal
 import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hpcresume import chain, files
-from hpcresume.chain import Budgets, Cause, Decision, PastLink
-from hpcresume.config import RunConfig, parse_time, read_frozen
+from hpcresume.chain import Cause, Decision, PastLink
+from hpcresume.config import RunConfig, read_frozen
 from hpcresume.display.logging import logging_to
-from hpcresume.errors import Fenced, RunLive, SubmissionRejected, Unavailable
-from hpcresume.history import gather, past_link, past_links
+from hpcresume.errors import Fenced, RunLive, Unavailable
+from hpcresume.history import budgets_of, end_of, gather, past_link, past_links, verdict_of
 from hpcresume.journal import Journal, LinkRecords
 from hpcresume.run_dir import LinkDir, RunDir
-from hpcresume.scheduler import hardware, step
+from hpcresume.scheduler import step
 from hpcresume.scheduler.choice import scheduler_of
 from hpcresume.scheduler.environment import Allocation, allocation
-from hpcresume.scheduler.hardware import Hardware
-from hpcresume.scheduler.job import JobInfo, JobSpec, JobState, Scheduler
-from hpcresume.scheduler.slurm import SlurmScheduler
+from hpcresume.scheduler.job import JobInfo, JobState, Scheduler
 from hpcresume.signals import SignalFlags, listen
 from hpcresume.story import (
     Story,
     alive_elsewhere,
-    find_jobs,
     read_story,
     this_process,
-    token_prefix,
 )
-from hpcresume.training.clock import lead_time
+from hpcresume.successors import Successors, job_spec, lead_s, saves
+from hpcresume.training.heartbeat import Hang, Watchdog
+
+#: `job_spec` is of `successors`; `doctor` finds it here.
+__all__ = ["Link", "LinkOutcome", "exiting_link", "job_spec", "supervise"]
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,9 @@ _TICK_S = 0.05
 _REREAD_END_S = 20.0
 _PATIENCE_S = 60.0
 _LAST_WORDS_S = 3.0
+#: How long ranks that hang may take to print their stacks, and to die.
+_STACKS_S = 2.0
+_KILLED_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,77 +99,6 @@ def exiting_link(run: Path) -> Link:
     return Link(run, exits=True)
 
 
-def job_spec(
-    run: RunDir,
-    config: RunConfig,
-    *,
-    lead_s: float,
-    delay_s: int = 0,
-    exclude: Sequence[str] = (),
-    project: Path | None = None,
-    run_id: str | None = None,
-) -> JobSpec:
-    """The next job of a run, as frozen at submit. Its token is new.
-
-    `project` and `run_id` stand in for a run that is not made yet.
-    """
-    if run_id is None:
-        identity = run.identify()
-        run_id, project = str(identity["id"]), Path(identity["project"])
-    environment = files.read_json_or_none(run.environment) or {}
-    time_s = None if config.scheduler.time is None else parse_time(config.scheduler.time)
-    options = files.read_json_or_none(run.script_options)
-    signal_s = int(lead_s) + 60
-    if time_s is not None:
-        signal_s = max(1, min(signal_s, time_s // 2))
-    return JobSpec(
-        name=run.name,
-        token=token_prefix(run_id) + secrets.token_hex(4),
-        run=run.path,
-        log=run.job_log,
-        workdir=project or Path.cwd(),
-        time_s=time_s,
-        signal_s=signal_s,
-        begin_delay_s=delay_s,
-        exclude_nodes=tuple(exclude),
-        hardware=_pinned_to(run, config),
-        allow_requeue=config.chain.mode == "requeue",
-        environment={**environment, "HPCRESUME_RUN": str(run.path)},
-        script=run.script if run.script.exists() else None,
-        script_options=tuple(options or ()),
-    )
-
-
-def _pinned_to(run: RunDir, config: RunConfig) -> Hardware:
-    known = hardware.frozen(run) if config.scheduler.pin_hardware else None
-    return known or Hardware()
-
-
-def pin_hardware(run: RunDir, config: RunConfig, scheduler: Scheduler) -> None:
-    """Freeze the kind of the first link's nodes, which every later job asks for (Slurm only)."""
-    if not config.scheduler.pin_hardware or hardware.frozen(run) is not None:
-        return
-    claims = (files.read_json_or_none(run.link(number).claim) for number in run.link_numbers())
-    nodes = next((claim["nodes"] for claim in claims if claim and claim.get("nodes")), "")
-    if not nodes or not isinstance(scheduler, SlurmScheduler):
-        return
-    try:
-        found = scheduler.hardware_of(nodes)
-    except Unavailable as error:
-        log.warning("the next job may run on other hardware than the first link: %s", error)
-        return
-    hardware.freeze(run, found)
-    if found.features:
-        log.info("later jobs ask for nodes like %s: %s", nodes, found.words())
-    else:
-        log.warning(
-            "this node has no features that could be asked for; later jobs may run on other "
-            "hardware than %s (scheduler.pin_hardware)%s",
-            nodes,
-            f", but on {found.words()}" if found.gpu_type else "",
-        )
-
-
 def supervise(run: RunDir, environ: Mapping[str, str]) -> LinkOutcome:
     """One link of a run, in the current process. Raises RunLive where another link is alive."""
     run.check_private()
@@ -189,18 +121,11 @@ class _Supervisor:
             self.scheduler = scheduler_of(
                 run, self.job.scheduler, environ, config.scheduler, exiting_link
             )
-        self.run_id = run.identify()["id"]
-        self.budgets = Budgets(
-            max_links=config.chain.max_links,
-            max_hours=config.chain.max_hours,
-            max_node_hours=config.chain.max_node_hours,
-            no_progress_links=config.chain.no_progress_links,
-            max_crashes=config.chain.max_crashes,
-        )
+        self.successors = Successors(run, config, self.scheduler, self.job.job_id)
+        self.budgets = budgets_of(config)
         self.journal: Journal | None = None
         self.past: list[LinkRecords] = []
-        self.submitted: list[str] = []
-        self.avoided: list[str] = []
+        self.lead_s = 0.0
         self.end_time: float | None = self.job.end_time
         self.stop_reason: str | None = None
 
@@ -212,25 +137,28 @@ class _Supervisor:
         over = self._already_over(story)
         if over is not None:
             log.info("nothing to do: %s", over.reason)
-            self._drop_ahead()
+            self.successors.drop()
             return self._outcome(over, None, 0)
         history = self._history(story)
         before = self._decision_before(story, history)
-        self.avoided = self._nodes_to_avoid(story, history, before)
         link = self._claim()
+        assert self.journal is not None
+        avoided = self._nodes_to_avoid(story, history, before)
+        self.lead_s = lead_s(self.config, self.past)
+        self.successors.begin(self.journal, lead_s=self.lead_s, avoided=avoided)
         self._record_found(story, history)
         if before is not None and before.kind != "continue":
             return self._leave_early(before, history)
         self._settle_delay(before)
         # With a spare in the queue the ranks need not wait for the second one to be queued.
-        spare = self._others_wait(story)
+        spare = self.successors.has_spare(story)
         if not spare:
-            self._queue_ahead()
+            self.successors.queue_ahead()
         began = time.monotonic()
         ranks = self._start(link, history)
         try:
             if spare:
-                self._queue_ahead()
+                self.successors.queue_ahead()
             code = self._watch(ranks, link, flags)
         finally:
             ranks.kill()
@@ -291,7 +219,7 @@ class _Supervisor:
         if story.cancelled:
             reason = f"cancelled by {story.cancelled}"
             return Decision(kind="stop", reason=reason, cause=Cause.CANCELLED)
-        lost = self._cancelled_successor(story)
+        lost = self.successors.cancelled_one(story)
         if lost is not None:
             return lost
         if not history or story.decided() is not None:
@@ -309,36 +237,6 @@ class _Supervisor:
         older = [past for past in past_links(story, {}, after=0) if past.number <= story.after_link]
         fresh = before.exclude_nodes if before is not None else ()
         return [*fresh, *chain.bad_nodes([*older, *history], time.time())]
-
-    def _cancelled_successor(self, story: Story) -> Decision | None:
-        """A job of the run that its user cancelled before it began: the wish to end the chain."""
-        if self.scheduler is None:
-            return None
-        queued = self._queued_ids(story)
-        claimed = {str(link.claim.get("job")) for link in story.links}
-        missing = [id for id in queued if id not in claimed and id != self.job.job_id]
-        if not missing:
-            return None
-        try:
-            living = {job.id for job in find_jobs(self.scheduler, self.run_id)}
-            missing = [id for id in missing if id not in living]
-            ended = self.scheduler.state(missing) if missing else {}
-        except Unavailable as error:
-            log.warning("%s", error)
-            return None
-        for info in ended.values():
-            if info.state is JobState.CANCELLED:
-                who = info.cancelled_by or "unknown"
-                who = "user unknown" if who == "unknown" else who
-                reason = f"the waiting job {info.id} was cancelled by {who}: the chain ends here"
-                return Decision(kind="stop", reason=reason, cause=Cause.CANCELLED)
-        return None
-
-    def _queued_ids(self, story: Story) -> list[str]:
-        records = [r for link in story.links for r in link.all("queued")]
-        newest = [r for r in story.submissions if r["kind"] == "submitted"][-1:]
-        since = float(newest[0]["t"]) if newest else 0.0
-        return [str(r["queued_job"]) for r in records if float(r["t"]) >= since] + self.submitted
 
     # ---- 2: the claim ---------------------------------------------------------------------
 
@@ -377,22 +275,11 @@ class _Supervisor:
 
     def _write_ended(self, past: PastLink, **more: Any) -> None:
         assert self.journal is not None
-        self.journal.write(
-            "ended",
-            cause=past.cause.value,
-            detail=past.detail,
-            who=past.who,
-            failure=asdict(past.failure) if past.failure else None,
-            first_step=past.first_step,
-            committed_step=past.committed_step,
-            seconds=round(past.seconds, 3),
-            nodes=list(past.nodes),
-            **more,
-        )
+        self.journal.write("ended", **end_of(past), **more)
 
     def _leave_early(self, decision: Decision, history: Sequence[PastLink]) -> LinkOutcome:
         self._decided(decision, history)
-        self._drop_ahead()
+        self.successors.drop()
         return self._outcome(decision, history[-1] if history else None, 0)
 
     def _settle_delay(self, decision: Decision | None) -> None:
@@ -401,59 +288,18 @@ class _Supervisor:
             log.info("waiting %d s: %s", decision.delay_s, decision.reason)
             time.sleep(decision.delay_s)
 
-    # ---- 3: the links ahead ---------------------------------------------------------------
-
-    def _others_wait(self, story: Story) -> bool:
-        """Whether a spare is in the queue already, so that the ranks can start first."""
-        claimed = {str(link.claim.get("job")) for link in story.links} | {str(self.job.job_id)}
-        return any(id not in claimed for id in self._queued_ids(story))
-
-    def _queue_ahead(self) -> None:
-        """Queue what is missing of the links ahead, each behind all that are alive."""
-        if self.scheduler is None or self.config.chain.mode in ("resubmit", "requeue"):
-            return
-        assert self.journal is not None and self.job.job_id is not None
-        try:
-            waiting = self._waiting()
-            while len(waiting) < self.config.chain.ahead:
-                waiting.append(self._submit([self.job.job_id, *waiting]))
-        except (Unavailable, SubmissionRejected) as error:
-            # The end of this link tries again, and the other ways.
-            log.warning("no further link could be queued ahead: %s", error)
-
-    def _waiting(self) -> list[str]:
-        assert self.scheduler is not None
-        jobs = find_jobs(self.scheduler, self.run_id)
-        return [j.id for j in jobs if j.state is JobState.PENDING and j.id != self.job.job_id]
-
-    def _submit(self, after: Sequence[str], decision: Decision | None = None) -> str:
-        assert self.scheduler is not None and self.journal is not None
-        pin_hardware(self.run, self.config, self.scheduler)
-        fresh = decision.exclude_nodes if decision else ()
-        spec = job_spec(
-            self.run,
-            self.config,
-            lead_s=self._lead_s(),
-            delay_s=decision.delay_s if decision else 0,
-            exclude=list(dict.fromkeys([*fresh, *self.avoided]))[: chain.MOST_EXCLUDED],
-        )
-        job = self.scheduler.submit(spec, after)
-        self.submitted.append(job)
-        self.journal.write("queued", queued_job=job, after=list(after), token=spec.token)
-        log.debug("queued job %s after %s", job, ", ".join(after))
-        return job
-
-    # ---- 4: the ranks ---------------------------------------------------------------------
+    # ---- 3: the ranks ---------------------------------------------------------------------
 
     def _start(self, link: LinkDir, history: Sequence[PastLink]) -> step.Step:
         assert self.journal is not None
         self._publish_end(link)
+        durations = [float(record["seconds"]) for record in saves(self.past) if "seconds" in record]
         environ = {
             "HPCRESUME_RUN": str(self.run.path),
             "HPCRESUME_LINK": str(link.number),
             "HPCRESUME_STOP": str(link.stop),
-            "HPCRESUME_LEAD_S": f"{self._lead_s():.1f}",
-            "HPCRESUME_SAVE_GUESS_S": f"{self._save_guess_s():.3f}",
+            "HPCRESUME_LEAD_S": f"{self.lead_s:.1f}",
+            "HPCRESUME_SAVE_GUESS_S": f"{max(durations, default=0.0):.3f}",
             "MASTER_ADDR": _master_address(self.job),
             "MASTER_PORT": str(_free_port()),
         }
@@ -462,7 +308,7 @@ class _Supervisor:
         if self.job.scheduler != "slurm":
             environ["HPCRESUME_SUPERVISOR"] = str(os.getpid())
         if self.end_time is not None:
-            environ["HPCRESUME_DEADLINE"] = f"{self.end_time - self._lead_s():.1f}"
+            environ["HPCRESUME_DEADLINE"] = f"{self.end_time - self.lead_s:.1f}"
         container = self.config.scheduler.container
         python = sys.executable if container is None else container.python
         argv = ["-m", "hpcresume", "rank", str(self.run.path), "--link", str(link.number)]
@@ -476,26 +322,12 @@ class _Supervisor:
             run=self.run.path,
         )
 
-    def _measured(self) -> tuple[list[float], list[float]]:
-        """Durations of the run's saves and steps, as the journals told when this link began."""
-        records = [r for link in self.past for r in link.all("saved")][-32:]
-        saves, steps = ([r[name] for r in records if name in r] for name in ("seconds", "step_s"))
-        return saves, steps
-
-    def _save_guess_s(self) -> float:
-        saves, _ = self._measured()
-        return max(saves, default=0.0)
-
-    def _lead_s(self) -> float:
-        if self.config.chain.lead_s is not None:
-            return self.config.chain.lead_s
-        saves, steps = self._measured()
-        return lead_time(saves, steps, guess_s=10.0)
-
-    # ---- 5: watching ----------------------------------------------------------------------
+    # ---- 4: watching ----------------------------------------------------------------------
 
     def _watch(self, ranks: step.Step, link: LinkDir, flags: SignalFlags) -> int:
         read_at = 0.0
+        hang_s = self.config.chain.hang_s
+        dog = Watchdog(link.beat, self.num_tasks, fixed_s=hang_s) if hang_s != 0 else None
         while (code := ranks.poll()) is None:
             now = time.monotonic()
             if flags.take_hint() or now - read_at >= _REREAD_END_S:
@@ -506,8 +338,37 @@ class _Supervisor:
             if self._fenced(link, now):
                 ranks.kill()
                 raise Fenced(f"A newer link than {link.number} has taken over; this one leaves.")
+            hang = dog.look(now) if dog is not None else None
+            if hang is not None:
+                return self._end_hung(ranks, link, hang)
             time.sleep(_TICK_S)
         return code
+
+    def _end_hung(self, ranks: step.Step, link: LinkDir, hang: Hang) -> int:
+        """Have the ranks say where they stand, and end them; their exit code."""
+        assert self.journal is not None
+        log.error(
+            "rank %d gave %s: it hangs. All threads' stacks go to %s, and the ranks are killed",
+            hang.rank,
+            hang.reason,
+            link.rank_log(hang.rank),
+        )
+        # Recorded first: the next link must know, whatever becomes of this process meanwhile.
+        self.journal.write(
+            "ended",
+            how="hung",
+            reason=hang.reason,
+            at=hang.kind,
+            step=hang.step,
+            rank=hang.rank,
+            limit_s=hang.limit_s,
+        )
+        ranks.show_stacks()
+        ranks.wait(_STACKS_S)
+        ranks.kill()
+        code = ranks.wait(_KILLED_S)
+        # One that waits for a dead disk cannot even be killed; the end of the job sees to it.
+        return 128 + signal.SIGKILL if code is None else code
 
     _fence_looked_at = 0.0
 
@@ -547,7 +408,7 @@ class _Supervisor:
         with contextlib.suppress(OSError):
             files.write_json(link.deadline, {"end": self.end_time}, sync=False)
 
-    # ---- 6: what follows ------------------------------------------------------------------
+    # ---- 5: what follows ------------------------------------------------------------------
 
     def _finish(self, link: LinkDir, code: int, flags: SignalFlags, seconds: float) -> LinkOutcome:
         story = read_story(self.run)
@@ -575,13 +436,13 @@ class _Supervisor:
         self._write_ended(past, exit_code=code)
         history = self._with_history(story, past)
         settled = cause in (Cause.COMPLETED, Cause.CANCELLED)
-        decision = None if settled else self._cancelled_successor(story)
+        decision = None if settled else self.successors.cancelled_one(story)
         decision = decision or self._decide(history)
         if decision.kind == "continue":
-            decision = self._ensure_successor(decision)
+            decision = self.successors.ensure_one(decision)
         self._decided(decision, history)
         if decision.kind != "continue":
-            self._drop_ahead()
+            self.successors.drop()
         return self._outcome(decision, past, code)
 
     def _own_end(self, own: LinkRecords, flags: SignalFlags) -> JobInfo | None:
@@ -606,75 +467,12 @@ class _Supervisor:
     def _with_history(self, story: Story, past: PastLink) -> list[PastLink]:
         return [p for p in past_links(story, {}) if p.number < past.number] + [past]
 
-    def _ensure_successor(self, decision: Decision) -> Decision:
-        """Leave only with a living successor in the queue, or a reason for having none."""
-        if self.scheduler is None or self.job.job_id is None:
-            return decision
-        ways = {
-            "resubmit": (self._keep_or_submit, self._requeue),
-            "requeue": (self._requeue, self._keep_or_submit),
-        }.get(self.config.chain.mode, (self._keep_or_submit, self._requeue))
-        refusals = []
-        for way in ways:
-            try:
-                way(decision)
-                return decision
-            except (SubmissionRejected, Unavailable) as error:
-                refusals.append(str(error))
-        reason = f"no next job could be queued: {'; '.join(refusals)}"
-        return replace(decision, kind="stop", reason=reason, rule="no_successor")
-
-    def _keep_or_submit(self, decision: Decision) -> None:
-        assert self.scheduler is not None and self.job.job_id is not None
-        waiting = self._waiting()
-        if not waiting:
-            waiting = [self._submit([self.job.job_id], decision)]
-        elif decision.delay_s or decision.exclude_nodes:
-            try:
-                self.scheduler.update(
-                    waiting[0],
-                    exclude_nodes=decision.exclude_nodes or None,
-                    begin_delay_s=decision.delay_s or None,
-                )
-            except (SubmissionRejected, Unavailable) as error:
-                # It lives, and goes on as it was queued.
-                log.warning("%s", error)
-        log.info("next: job %s", waiting[0])
-
-    def _requeue(self, decision: Decision) -> None:
-        assert self.scheduler is not None and self.job.job_id is not None
-        self.scheduler.update(self.job.job_id, requeue=True)
-        log.info("next: job %s again (requeued)", self.job.job_id)
-
     def _decided(self, decision: Decision, history: Sequence[PastLink]) -> None:
         assert self.journal is not None
-        self.journal.write(
-            "decided",
-            decision=decision.kind,
-            reason=decision.reason,
-            cause=decision.cause.value,
-            rule=decision.rule,
-            delay_s=decision.delay_s,
-            exclude_nodes=list(decision.exclude_nodes),
-            numbers=decision.numbers or chain.spent(history).to_json(),
-        )
+        self.journal.write("decided", **verdict_of(decision, history))
         word = {"continue": "goes on", "stop": "stops", "finished": "is finished"}[decision.kind]
         level = logging.WARNING if decision.kind == "stop" else logging.INFO
         log.log(level, "the chain %s: %s", word, decision.reason)
-
-    def _drop_ahead(self) -> None:
-        """Cancel what still waits; the reason stands in the journal already."""
-        if self.scheduler is None:
-            return
-        try:
-            waiting = self._waiting()
-            if waiting:
-                self.scheduler.cancel(waiting)
-                log.debug("cancelled the waiting jobs %s", ", ".join(waiting))
-        except Unavailable as error:
-            log.warning(
-                "waiting jobs could not be cancelled; they will leave by themselves: %s", error
-            )
 
     def _outcome(self, decision: Decision, past: PastLink | None, code: int) -> LinkOutcome:
         failure = past.failure if past is not None else None

@@ -91,6 +91,10 @@ class LinkDir:
         """Everything that a rank prints. `%t` gives srun's pattern."""
         return self.path / f"rank-{rank}.log"
 
+    def beat(self, rank: int) -> Path:
+        """A rank's newest sign of life."""
+        return self.path / f"rank-{rank}.beat"
+
     def rank_failure(self, rank: int) -> Path:
         """The exception that ended a rank."""
         return self.path / f"rank-{rank}.failure.json"

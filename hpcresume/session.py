@@ -8,13 +8,17 @@ may use is public here, and nothing else.
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import logging
 import math
+import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from hpcresume import files
@@ -22,19 +26,27 @@ from hpcresume.checkpoint import contents, rng
 from hpcresume.checkpoint.cadence import cadence_of
 from hpcresume.checkpoint.contents import Contents
 from hpcresume.config import RunConfig
-from hpcresume.errors import CheckpointError, Unavailable, UsageError
-from hpcresume.training import buckets, changes, hyperparameters, machine
+from hpcresume.errors import CheckpointError, HpcResumeError, Unavailable, UsageError
+from hpcresume.training import buckets, changes, hyperparameters, machine, roll_back
 from hpcresume.training.berth import Berth
 from hpcresume.training.determinism import mixed_seed, seed_everything
 from hpcresume.training.distributed import Agreement
+from hpcresume.training.emergency import Sentinel
 from hpcresume.training.feeds import feed_of
+from hpcresume.training.heartbeat import END, FIRST_STEP, SAVE, STOP
 from hpcresume.training.loader import Feed, ResumableLoader
+from hpcresume.training.non_finite import Guard
 from hpcresume.training.record import MetricLog, trainer_state
+from hpcresume.training.retrying import TRANSIENT, retried
+from hpcresume.training.roll_back import RollBack
 from hpcresume.training.saving import Saver
 from hpcresume.training.stopping import StopWatch
 from hpcresume.training.stream import StreamLoader
+from hpcresume.training.watch import Watch
 
 log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 #: How old trainer_state.json may be: to replace a file is slow on shared disks.
 _PUBLISH_S = 2.0
@@ -50,6 +62,15 @@ class LinkEnds(BaseException):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class _Mark(NamedTuple):
+    """What of a step boundary the session itself knows."""
+
+    epoch: int
+    position: int
+    best: dict[str, Any] | None
+    data: Any
 
 
 class _UnknownArg(UsageError, KeyError):
@@ -96,7 +117,8 @@ class Session:
         self._config: RunConfig = berth.config
         self._ranks = berth.ranks
         self._clock = berth.clock
-        self._contents = Contents()
+        self._beat = berth.beat
+        self._contents = Contents(berth.ranks.rank, berth.ranks.world_size)
         self._metrics = MetricLog(berth.link if berth.ranks.rank == 0 else None)
         self._agreement = Agreement(berth.ranks)
         self._stops = StopWatch(berth)
@@ -123,8 +145,18 @@ class Session:
         self._best_now = False
         self._save_asked: str | None = None
         self._given: dict[str, Any] = {}
+        self._retry_watch: Watch | None = None
+        self._sentinel: Sentinel[_Mark] = Sentinel((), {}, num_ranks=self.world_size)
+        self._took_s = 0.0
+        self._skipped: list[Any] = []
+        self._skip_through: tuple[int, int] | None = None
+        self._back = roll_back.told(berth)
+        if self._back is not None:
+            number = berth.link.number
+            berth = dataclasses.replace(berth, lineage=self._back.narrowed(berth.lineage, number))
         self._saver = Saver(berth, self._contents, self._metrics)
         self._take_over()
+        self._guard = Guard(berth, self._metrics, self._saver, self._back)
         self._published_at = 0.0
         self._step_began = time.monotonic()
         self._rate_from = (self._step_began, self.global_step)
@@ -205,26 +237,32 @@ class Session:
         """
         feed = self._begin(loader, accumulate)
         self._stop_at_once_if_asked()
-        while not self._finished():
-            if self._position == 0:
-                self._say_epoch()
-            came = False
-            for batch, last in feed.batches(self.epoch, self._position, self._feed_state):
-                came = True
-                self._position += 1
-                self._last = last
-                self.sync_gradients = last or self._position % accumulate == 0
-                self._in_body = True
-                yield batch
-                self._in_body = False
-                if self.sync_gradients:
-                    self._boundary()
-                    if self._finished():
-                        break
-                    self._look_after()
-            if not came:
-                raise UsageError(f"The data give no batch in epoch {self.epoch + 1}.")
-            self._feed_state = None
+        try:
+            while not self._finished():
+                if self._position == 0:
+                    self._say_epoch()
+                came = False
+                for batch, last in feed.batches(self.epoch, self._position, self._feed_state):
+                    came = True
+                    self._position += 1
+                    if self._skip_through is not None and self._is_left_out(last):
+                        continue
+                    self._last = last
+                    self.sync_gradients = last or self._position % accumulate == 0
+                    self._in_body = True
+                    yield batch
+                    self._in_body = False
+                    if self.sync_gradients:
+                        self._boundary()
+                        if self._finished():
+                            break
+                        self._look_after()
+                if not came:
+                    raise UsageError(f"The data give no batch in epoch {self.epoch + 1}.")
+                self._feed_state = None
+        finally:
+            # What comes after the loop is no step any more, also after a `break`.
+            self._beat.enter(END)
 
     def log(self, **values: Any) -> None:
         """Note metrics of the step in progress; tensors are read later, in batches."""
@@ -257,12 +295,48 @@ class Session:
         log.info("best %s so far: %.4f", name, value)
         return True
 
+    def retry(
+        self,
+        fn: Callable[[], _Result],
+        attempts: int = 3,
+        *,
+        on: type[Exception] | tuple[type[Exception], ...] = TRANSIENT,
+    ) -> _Result:
+        """What `fn()` returns; what fails by something that may pass is tried again.
+
+        That is an OSError (files, connections, timeouts) or a GPU without memory left, or what
+        `on` names. Waits 2, 4, 8, at most 10 s before another attempt, less where the link must
+        end; each attempt draws the same random numbers. Gradients, small buffers (BatchNorm) and
+        flat counters are given back; where a failed attempt has changed other registered state,
+        none follows, and HpcResumeError is raised. The exception of the last attempt goes on.
+
+        Each rank tries for itself, so `fn` must not communicate with the others: an attempt that
+        did is not repeated.
+        """
+        watch = self._retry_watch or Watch(self._contents.items())
+        if self._feed is not None:
+            # Nothing more can be registered.
+            self._retry_watch = watch
+        return retried(
+            fn,
+            attempts,
+            on,
+            watch=watch,
+            generators=self._contents.generators,
+            wait=self._wait,
+        )
+
+    def _wait(self, seconds: float) -> str | None:
+        with self._beat.during("retry"):
+            return self._stops.wait(seconds)
+
     @contextlib.contextmanager
     def busy(self, kind: str) -> Iterator[None]:
         """Mark something in the loop that takes long (evaluation): the deadline allows for it."""
         began = time.monotonic()
         try:
-            yield
+            with self._beat.during(kind):
+                yield
         finally:
             self._clock.busy_took(kind, time.monotonic() - began)
 
@@ -283,6 +357,8 @@ class Session:
             self._train_seconds = progress["train_seconds"]
             self._best = progress["best"]
             self._metrics.history = progress["history"]
+            self._skipped = progress.get("skipped", [])
+            self._leave_out(self._back)
             machines = progress.get("machines", [])
         was = machines[self.rank] if self.rank < len(machines) else None
         if self._config.deterministic:
@@ -291,6 +367,21 @@ class Session:
         if was is not None:
             for difference in machine.differences(was, self._machine):
                 self._say_changed(f"{difference}: the bits may differ from here on")
+
+    def _leave_out(self, back: RollBack | None) -> None:
+        """Have the data left out that a roll-back names, unless a later link has done so."""
+        committed = self._saver.committed
+        if back is None or committed is None or committed.manifest.link > back.link:
+            self._back = None
+            return
+        self._skip_through = back.epoch, back.position
+        begin, end = [self.epoch, self._position], [back.epoch, back.position]
+        self._skipped = [*self._skipped, {"after": begin, "through": end, "step": back.bad_step}]
+        self._say_changed(
+            f"{back.metric} was not finite in step {back.bad_step}: the run goes back to step "
+            f"{self.global_step}, and leaves out the batches after {_place(begin)} up to "
+            f"{_place(end)}; its result is not that of an uncut run"
+        )
 
     def _settled(
         self, name: str, value: Any, code: dict[str, Any], keep: Collection[str]
@@ -340,11 +431,19 @@ class Session:
         if self._config.deterministic and self.world_size > 1:
             for words in buckets.settle(dict(self._contents.items()).values()):
                 self._say_changed(words)
+        if any(_is_scaler(value) for _, value in self._contents.items()):
+            # It tries scales that are too large, and skips the steps in which the norm tells so.
+            self._metrics.watched = ("loss",)
+        registered = self._contents
+        self._sentinel = Sentinel(
+            registered.items(), registered.generators, num_ranks=self.world_size
+        )
         # Last of all: everything before may have drawn random numbers.
         self._restore_rng()
         self._saver.begun()
         self._step_began = time.monotonic()
         self._rate_from = (self._step_began, self.global_step)
+        self._beat.enter(FIRST_STEP)
         return feed
 
     def _check_registered(self) -> None:
@@ -365,24 +464,34 @@ class Session:
     def _find_place(self) -> None:
         """Go on in the data where the checkpoint was, as far as they are the same."""
         progress = self._saver.progress
-        verdict = changes.reconcile(
-            {**progress["loader"], "world_size": progress["world_size"]},
-            {**self._loader_now(), "world_size": self.world_size},
-            epoch=self.epoch,
-            position=self._position,
-            accept=self._config.accept,
-        )
+        verdict = self._reconciled(self.epoch, self._position)
         if verdict.refused is not None:
             raise CheckpointError(
                 f"checkpoint-{self.global_step} cannot be continued: {verdict.refused}."
             )
         for words in verdict.said:
             self._say_changed(words)
+        if self._skip_through is not None:
+            through = self._reconciled(*self._skip_through)
+            # Of other data, nobody knows which are bad.
+            known = not verdict.new_data
+            self._skip_through = (through.epoch, through.position) if known else None
         self.epoch, self._position = verdict.epoch, verdict.position
         states = progress.get("data", [])
         if states and not verdict.new_data:
             # Where the number of ranks may change, all of them are in the same place.
             self._feed_state = states[self.rank if self.rank < len(states) else 0]
+
+    def _reconciled(self, epoch: int, position: int) -> changes.Verdict:
+        """What a place in the data as they were is now."""
+        progress = self._saver.progress
+        return changes.reconcile(
+            {**progress["loader"], "world_size": progress["world_size"]},
+            {**self._loader_now(), "world_size": self.world_size},
+            epoch=epoch,
+            position=position,
+            accept=self._config.accept,
+        )
 
     def _set_end(self) -> None:
         """How many steps there are; a schedule that was laid out for another number is named."""
@@ -391,8 +500,9 @@ class Session:
         by_epochs = None
         if micro is not None and epochs is not None:
             # Counted from here: the epochs before may have had other data.
-            left = max(0, epochs - self.epoch) * -(-micro // self._accumulate)
-            by_epochs = self.global_step + left - self._position // self._accumulate
+            epoch, position = self._skip_through or (self.epoch, self._position)
+            left = max(0, epochs - epoch) * -(-micro // self._accumulate)
+            by_epochs = self.global_step + left - -(-position // self._accumulate)
         limits = [limit for limit in (self._config.max_steps, by_epochs) if limit is not None]
         self.max_steps = min(limits) if limits else None
         was = None if self._saver.state is None else self._saver.progress["max_steps"]
@@ -426,6 +536,17 @@ class Session:
         log.warning("%s", words)
         self._saver.note("changed", step=self.global_step, change=words)
 
+    def _is_left_out(self, last: bool) -> bool:
+        """Whether the batch just read is one that a roll-back leaves out: passed over, then."""
+        assert self._skip_through is not None
+        if (self.epoch, self._position) > self._skip_through:
+            self._skip_through = None
+            return False
+        if last:
+            self.epoch += 1
+            self._position = 0
+        return True
+
     # ---- step boundaries ----------------------------------------------------------------
 
     def _finished(self) -> bool:
@@ -439,13 +560,16 @@ class Session:
         took = now - self._step_began
         self._step_began = now
         self._clock.step_took(took)
+        self._took_s = took
         self._train_seconds += took
         self.global_step += 1
-        self._metrics.end_step(self.global_step, self.epoch)
+        self._beat.step(self.global_step)
+        self._metrics.end_step(self.global_step, self.epoch, self._position)
         if self._last:
             self.epoch += 1
             self._position = 0
         if self._finished():
+            self._beat.enter(END)
             self._metrics.flush()
             self._say_step(now)
             self._agreement.settle()
@@ -468,12 +592,13 @@ class Session:
             self.global_step,
             stop=why_stop is not None,
             save=asked is not None,
-            step_s=self._clock.last_step_s,
+            step_s=self._took_s,
         )
         if stop:
             self._stop(why_stop or "another rank asked for the stop")
         if due or save:
-            self._save(due or asked or "asked")
+            with self._beat.during(SAVE):
+                self._save(due or asked or "asked")
             self._step_began = time.monotonic()
         self._metric_now = None
         self._best_now = False
@@ -486,6 +611,10 @@ class Session:
                 if now - self._published_at >= _PUBLISH_S:
                     self._publish()
                 self._step_began = time.monotonic()
+        if self._metrics.bad is not None:
+            self._stops.ask("a metric is not finite")
+        if self._took_s >= self._sentinel.from_s:
+            self._sentinel.remember(self.global_step, self._mark)
 
     def _stop_at_once_if_asked(self) -> None:
         """A link that starts too late, or is stopped while it starts, does no step."""
@@ -499,7 +628,9 @@ class Session:
             self._stop(reason)
 
     def _stop(self, reason: str) -> None:
+        self._beat.enter(STOP)
         self._agreement.settle()
+        self._check_finite()
         if self._berth.journal is not None:
             self._berth.journal.write("stop_asked", step=self.global_step, reason=reason)
         self._save("stop")
@@ -511,23 +642,50 @@ class Session:
 
     # ---- saving -------------------------------------------------------------------------
 
-    def _save(self, reason: str) -> None:
-        """Save the state of this step boundary; on every rank, by the same step."""
+    def _check_finite(self) -> None:
+        """Leave, on every rank, where one of them has logged what is not a finite number.
+
+        Raises NonFinite; or LinkEnds, where the next link is to go back.
+        """
+        verdict = self._guard.verdict(self.global_step)
+        if isinstance(verdict, RollBack):
+            self._ranks.barrier()
+            raise LinkEnds(verdict.reason)
+        if verdict is not None:
+            raise verdict
+
+    def _save(self, reason: str, mark: _Mark | None = None) -> None:
+        """Save the state of this step boundary; on every rank, by the same step.
+
+        Of a boundary that was gone back to, the feed has moved on since: its `mark` tells.
+        """
         self._save_asked = None
         if self.global_step == self._saver.tried_step:
             return
         if reason in _PATIENT and not self._ranks.broadcast(self._can_save()):
             self._save_asked = reason if self._rank0 else None
             return
+        self._check_finite()
         # On every rank alike, also where rank 0's disk refuses: the gather needs them all.
         self._saver.tried_step = self.global_step
         assert self._feed is not None
         own = rng.capture(self._contents.generators)
         parts = self._ranks.gather(
-            {"rng": own, "data": self._feed.state(), "machine": self._machine}
+            {
+                "rng": own,
+                "data": self._feed.state() if mark is None else mark.data,
+                "machine": self._machine,
+            }
         )
-        if self._berth.journal is None:
-            return
+        if self._rank0:
+            self._save_whole(reason, parts)
+        else:
+            self._saver.save_share()
+        # A state_dict() may draw random numbers; a save must leave no trace in the training.
+        rng.restore(own, self._contents.generators)
+
+    def _save_whole(self, reason: str, parts: list[dict[str, Any]]) -> None:
+        """Rank 0's part of a save; `parts` are what the ranks have each of their own."""
         progress = {
             **self._progress(),
             "data": [part["data"] for part in parts],
@@ -538,10 +696,42 @@ class Session:
             [part["rng"] for part in parts],
             lambda: self._trainer_state(False),
             metric=self._metric_now,
-            record={"reason": reason, "step_s": round(self._clock.last_step_s, 4)},
+            record={
+                "reason": reason,
+                "step_s": round(self._took_s, 4),
+                # Later links learn from it how long things take.
+                "pace": self._beat.paces(),
+            },
         )
-        # A state_dict() may draw random numbers; a save must leave no trace in the training.
-        rng.restore(own, self._contents.generators)
+
+    def _mark(self) -> _Mark:
+        assert self._feed is not None
+        # Some feeds go on in the very object that they gave.
+        data = copy.deepcopy(self._feed.state())
+        return _Mark(self.epoch, self._position, self._best, data)
+
+    def _save_in_emergency(self) -> None:
+        """Commit the last step boundary, where a failed step has left it as it was; else say why.
+
+        The batch that was begun is not in it: the next link takes it again.
+        """
+        self._saver.wait()
+        if self._feed is None or self.global_step == self._saver.tried_step:
+            return
+        refusal = self._sentinel.refusal(self.global_step)
+        if refusal is not None:
+            self._say_unsaved(refusal)
+            return
+        mark = self._sentinel.go_back()
+        self.epoch, self._position, self._best = mark.epoch, mark.position, mark.best
+        self._metric_now = None
+        with self._beat.during(SAVE):
+            self._save("emergency", mark)
+            self._saver.wait()
+
+    def _say_unsaved(self, why: str) -> None:
+        log.warning("step %d is not saved in spite of the failure: %s", self.global_step, why)
+        self._saver.note("save_failed", step=self.global_step, reason=f"emergency: {why}")
 
     def _can_save(self) -> bool:
         """Whether a save that can wait may begin: none is being written, and it has the time."""
@@ -558,6 +748,7 @@ class Session:
             "best": self._best,
             "loader": self._loader_now(),
             "given": self._given,
+            "skipped": self._skipped,
         }
 
     def _trainer_state(self, completed: bool) -> dict[str, Any]:
@@ -592,6 +783,7 @@ class Session:
 
     def _complete(self) -> None:
         """The training function has returned: commit the last step, leave the finished model."""
+        self._beat.enter(END)
         if self._feed is None:
             raise UsageError(
                 "The training function returned without having gone through session.steps."
@@ -619,8 +811,19 @@ class Session:
         self._ranks.barrier()
 
     def _abandon(self) -> None:
-        """Training has failed: a save that was begun is worth its end all the same."""
-        self._saver.close()
+        """Training has failed, by the exception that is being handled: save what still can be.
+
+        A save that was begun is worth its end all the same.
+        """
+        error = sys.exc_info()[1]
+        try:
+            if isinstance(error, Exception) and not isinstance(error, HpcResumeError):
+                self._save_in_emergency()
+        except (Exception, LinkEnds) as failure:
+            # The training's own exception is what has to be told.
+            self._say_unsaved(f"{type(failure).__name__}: {failure}")
+        finally:
+            self._saver.close()
 
     def _close(self) -> None:
         self._saver.close()
@@ -647,3 +850,12 @@ class Session:
             if name not in ("step", "epoch") and isinstance(value, (int, float))
         )
         log.info("step %d%s: %s (%.1f steps/s)", self.global_step, total, values, rate)
+
+
+def _is_scaler(value: Any) -> bool:
+    return isinstance(value, torch.amp.GradScaler) and value.is_enabled()
+
+
+def _place(place: list[int]) -> str:
+    epoch, position = place
+    return f"batch {position} of epoch {epoch + 1}"

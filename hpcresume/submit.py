@@ -33,13 +33,16 @@ from hpcresume.config import (
 )
 from hpcresume.errors import CheckpointError, ConfigError, RunLive, UsageError
 from hpcresume.journal import Journal, known_step, lineage
-from hpcresume.link import Link, LinkOutcome, exiting_link, job_spec, pin_hardware
+from hpcresume.link import Link, LinkOutcome, exiting_link
 from hpcresume.run_dir import RunDir, is_run
 from hpcresume.scheduler import process
 from hpcresume.scheduler.choice import asking_scheduler, chosen_cluster, scheduler_of
+from hpcresume.scheduler.doctor.way import Way
 from hpcresume.scheduler.job import JobSpec, Scheduler
 from hpcresume.scheduler.slurm import SlurmScheduler
 from hpcresume.story import Story, find_jobs, live_jobs, read_story, user_name, waits_in_vain
+from hpcresume.successors import job_spec, note_queued, pin_hardware
+from hpcresume.ways import find_way, is_default, to_json
 
 #: The most code that is frozen with a run, and the largest file in it.
 CODE_BYTES = 64 << 20
@@ -62,6 +65,8 @@ class Submission:
     config: RunConfig
     scheduler: Scheduler | None
     job: str | None
+    way: Way | None = None
+    """How the further jobs follow, where it is another way than most runs go."""
 
 
 def read_config(
@@ -286,9 +291,9 @@ def check_train(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> N
 # ---- the first and the next job ----------------------------------------------------------
 
 
-def first_spec(run: RunDir, config: RunConfig) -> JobSpec:
+def first_spec(run: RunDir, config: RunConfig, way: Way | None = None) -> JobSpec:
     """The job that submitting a run would queue."""
-    return job_spec(run, config, lead_s=config.chain.lead_s or FIRST_LEAD_S)
+    return job_spec(run, config, lead_s=config.chain.lead_s or FIRST_LEAD_S, way=way)
 
 
 def dry_run(config: RunConfig, root: Path, *, project: Path, environ: Mapping[str, str]) -> str:
@@ -322,17 +327,24 @@ def launch(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> Submis
     clean = process.scrubbed(environ)
     scheduler = scheduler_of(run, cluster, clean, config.scheduler, exiting_link)
     pin_hardware(run, config, scheduler)
-    spec = first_spec(run, config)
+    way = find_way(config, cluster, clean)
+    spec = first_spec(run, config, way)
     # Recorded first: a job that starts at once must find itself submitted.
-    _record(run, spec.token, None)
+    _record(run, spec.token, None, way)
     job = scheduler.submit(spec)
-    return Submission(run, config, scheduler, job)
+    note_queued(run, job)
+    return Submission(run, config, scheduler, job, None if is_default(way, config) else way)
 
 
-def _record(run: RunDir, token: str | None, job: str | None) -> None:
+def _record(run: RunDir, token: str | None, job: str | None, way: Way | None = None) -> None:
     journal = Journal(run.submissions, link=0, job=job)
     journal.write(
-        "submitted", after_link=run.newest_link(), token=token, by=user_name(), host=os.uname()[1]
+        "submitted",
+        after_link=run.newest_link(),
+        token=token,
+        by=user_name(),
+        host=os.uname()[1],
+        way=None if way is None else to_json(way),
     )
     journal.close()
 

@@ -18,7 +18,7 @@ ROWS: list[list[str]] = [
     ["checkpoint", "scheduler", "data"],
     ["training", "chain", "session"],
     ["story", "history", "status", "display", "why"],
-    ["rank", "link", "submit", "cancel"],
+    ["serving", "foreground", "rank", "ways", "successors", "link", "submit", "cancel", "drive"],
     ["lm", "adapters", "verify", "rehearse"],
     ["cli", "__main__"],
 ]

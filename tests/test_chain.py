@@ -453,13 +453,31 @@ def test_complete_run_is_finished_although_every_budget_is_spent() -> None:
 
 def test_cancelled_run_stops_and_names_who_did_it() -> None:
     decision = last_of(links(Cause.CANCELLED, who="ann", detail="job 12"))
-    assert (decision.kind, decision.reason) == ("stop", "cancelled by ann (job 12)")
+    assert (decision.kind, decision.reason) == (
+        "stop",
+        "cancelled by ann (job 12), saved at step 100",
+    )
+
+
+def test_cancelled_run_that_has_saved_nothing_names_no_step() -> None:
+    (link,) = links(Cause.CANCELLED, who="ann")
+    never = dataclasses.replace(link, first_step=0, committed_step=0)
+    assert last_of([never]).reason == "cancelled by ann"
 
 
 @pytest.mark.parametrize("who", ["", "unknown"])
 def test_cancelled_run_without_a_name_says_so(who: str) -> None:
     decision = last_of(links(Cause.CANCELLED, who=who))
-    assert (decision.kind, decision.reason) == ("stop", "cancelled by user unknown")
+    assert (decision.kind, decision.reason) == (
+        "stop",
+        "cancelled by user unknown, saved at step 100",
+    )
+
+
+def test_chain_that_rolls_back_goes_on_and_says_from_where() -> None:
+    words = "roll back to step 5: loss was not finite in step 9"
+    decision = last_of(links(Cause.DEADLINE, detail=words))
+    assert (decision.kind, decision.reason) == ("continue", f"{words}; its data are left out")
 
 
 def test_stop_request_stops_with_its_own_words() -> None:

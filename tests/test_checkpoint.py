@@ -136,7 +136,8 @@ def save(store: Store, step: int = 10, **objects: Any) -> Committed:
 
 def keep(store: Store, contents: Contents, step: int = 10) -> Committed:
     """Commit what is registered, as it is now."""
-    return commit(store, step, contents.stage({"step": step}, [], {}).write)
+    staged = contents.stage({"step": step}, [], {}).beside(lambda entry: None)
+    return commit(store, step, staged.write)
 
 
 def restore(committed: Committed, **objects: Any) -> list[str]:

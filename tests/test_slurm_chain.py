@@ -6,6 +6,7 @@ leave after some seconds.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hanging import hanging
 from oracle import (
     ENVIRON,
     assert_equivalent,
@@ -315,6 +317,19 @@ def test_a_link_that_dies_before_its_first_line_is_survived_by_the_spare_one(
     assert_equivalent(chain.run, uncut)
 
 
+def test_ranks_that_hang_print_their_stacks_and_the_chain_goes_on(
+    cluster: SlurmCluster, folder: Path, uncut: dict[str, Any]
+) -> None:
+    changes = merged(hanging(folder, once=True), {"chain": {"lead_s": 5}})
+    chain = new_chain(cluster, folder, **changes).submit("--set=args.pause_s=0")
+    chain.completed()
+    first, second = read_chain(chain.run)
+    assert first.all("ended")[-1]["cause"] == "hang", chain.story()
+    assert 'hanging.py", line' in chain.run.link(1).rank_log(0).read_text()
+    assert second.last("restored")["step"] == 18
+    assert_equivalent(chain.run, uncut)
+
+
 def test_two_ranks_on_two_nodes_give_the_same_bytes_after_a_cut(
     cluster: SlurmCluster, folder: Path
 ) -> None:
@@ -378,6 +393,22 @@ def test_hpcresume_cancel_ends_the_chain_and_resume_goes_on_with_it(
     assert_equivalent(chain.run, uncut)
 
 
+def test_cancel_with_save_leaves_the_running_job_its_time_and_the_waiting_ones_go(
+    cluster: SlurmCluster, folder: Path
+) -> None:
+    chain = new_chain(cluster, folder, chain={"lead_s": 5}, checkpoint={"steps": 1000}).submit()
+    job = str(chain.started().claim["job"])
+    chain.wait(lambda links: len(chain.status()["queued"]) == 2)
+    done = chain.command("cancel", "run", "--yes", "--save")
+    assert done.returncode == 0, done.stderr
+    reason = chain.ended()["reason"]
+    saved = read_chain(chain.run)[0].last("saved")
+    assert saved is not None, chain.story()
+    assert reason == f"cancelled by root (hpcresume cancel), saved at step {saved['step']}"
+    # It ended by itself: for Slurm nobody has cancelled it.
+    wait_for_row(cluster, job, "COMPLETED")
+
+
 def test_without_accounting_a_cancelled_chain_ends_with_user_unknown(folder: Path) -> None:
     with SlurmCluster(accounting=False) as plain:
         chain = new_chain(plain, folder, chain={"lead_s": 5}).submit()
@@ -393,7 +424,7 @@ def test_without_accounting_a_cancelled_chain_ends_with_user_unknown(folder: Pat
 def test_the_other_ways_chain_as_well(
     cluster: SlurmCluster, folder: Path, uncut: dict[str, Any], mode: str
 ) -> None:
-    chain = new_chain(cluster, folder, chain={"mode": mode, "lead_s": 50}).submit()
+    chain = new_chain(cluster, folder, chain={"mode": mode, "lead_s": 40}).submit()
     chain.completed()
     links = read_chain(chain.run)
     assert len(links) >= 2, chain.story()
@@ -455,3 +486,111 @@ def test_slurms_refusal_is_shown_verbatim(cluster: SlurmCluster, folder: Path) -
     assert "nowhere" in done.stderr
     done = chain.command("submit", "--name=two", "--sbatch", "constraint=martian")
     assert done.returncode in (4, 6), done.stderr
+
+
+# ---- where compute nodes may not submit --------------------------------------------------------
+
+
+def without_sbatch(folder: Path) -> dict[str, Any]:
+    """Settings of jobs whose nodes have an sbatch and an scontrol that refuse, as sites have."""
+    folder.mkdir(parents=True)
+    for name in ("sbatch", "scontrol"):
+        refusal = "error: Access/permission denied"
+        (folder / name).write_text(f"#!/bin/sh\necho '{name}: {refusal}' >&2\nexit 1\n")
+        (folder / name).chmod(0o755)
+    return {"scheduler": {"setup": [f'export PATH="{folder}:$PATH"']}}
+
+
+@contextlib.contextmanager
+def driving(chain: Chain) -> Iterator[subprocess.Popen[str]]:
+    """`hpcresume drive` in the background; killed at the end of the block."""
+    argv = [sys.executable, "-m", "hpcresume", "drive", "run", "--every", "1"]
+    with subprocess.Popen(
+        argv,
+        cwd=chain.folder,
+        env={**ENVIRON, **chain.cluster.env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as driver:
+        try:
+            yield driver
+        finally:
+            driver.kill()
+
+
+def test_a_driver_on_the_login_node_chains_jobs_that_may_not_submit(
+    cluster: SlurmCluster, folder: Path, uncut: dict[str, Any], tmp_path: Path
+) -> None:
+    refusing = without_sbatch(tmp_path / "a site's bin")
+    mode = {"chain": {"mode": "drive", "lead_s": 40}}
+    chain = new_chain(cluster, folder, **merged(refusing, mode))
+    done = chain.command("submit")
+    assert "way        drive: chain.mode is drive" in done.stdout, done.stdout + done.stderr
+    assert "hpcresume drive run" in done.stdout
+    with driving(chain) as first:
+        chain.started()
+        second = chain.command("drive", "run")
+    assert second.returncode == 9, "two at once"
+    assert f"process {first.pid}" in second.stderr
+    # The first one was killed: the run has all that the next one needs.
+    with driving(chain) as third:
+        said, _ = third.communicate(timeout=200)
+    assert third.returncode == 0, said + chain.story()
+    assert "run is finished: training is complete" in said
+    chain.nothing_queued()
+    links = read_chain(chain.run)
+    assert len(links) >= 2, chain.story()
+    assert len({link.claim["job"] for link in links}) == len(links)
+    assert not [record for link in links for record in link.all("queued")]
+    assert_equivalent(chain.run, uncut)
+
+
+def test_a_driver_that_is_interrupted_leaves_the_job_and_says_so(
+    cluster: SlurmCluster, folder: Path
+) -> None:
+    chain = new_chain(cluster, folder, chain={"mode": "drive", "lead_s": 5}).submit()
+    chain.started()
+    with driving(chain) as driver:
+        assert driver.stdout is not None
+        assert "Driving run" in driver.stdout.readline()
+        driver.send_signal(signal.SIGINT)
+        said, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert "its job goes on; the next one is submitted by: hpcresume drive run" in said
+    assert chain.status()["state"] == "running"
+    cluster.run("scancel", str(read_chain(chain.run)[0].claim["job"]))
+    with driving(chain) as driver:
+        said, _ = driver.communicate(timeout=100)
+    assert driver.returncode == 0
+    assert "run stops: cancelled by root" in said
+    chain.nothing_queued()
+
+
+def test_a_driver_gives_up_on_jobs_that_die_before_their_link_begins(
+    cluster: SlurmCluster, folder: Path
+) -> None:
+    dying = {"chain": {"mode": "drive"}, "scheduler": {"setup": ["exit 3"]}}
+    chain = new_chain(cluster, folder, **dying).submit()
+    with driving(chain) as driver:
+        said, _ = driver.communicate(timeout=150)
+    assert driver.returncode == 8, said
+    assert "3 jobs in a row ended before their link began" in said
+    assert "3 jobs in a row" in chain.status()["why"]
+
+
+# ---- the way that suits ------------------------------------------------------------------------
+
+
+def test_a_user_who_may_have_two_jobs_gets_one_ahead_and_is_told_why(folder: Path) -> None:
+    with SlurmCluster(extra_conf={"AccountingStorageEnforce": "limits"}) as limited:
+        limited.run("sacctmgr", "-i", "add", "account", "lab")
+        limited.run("sacctmgr", "-i", "add", "user", "root", "account=lab", "maxsubmitjobs=2")
+        chain = new_chain(limited, folder, scheduler={"account": "lab"}, chain={"lead_s": 5})
+        done = chain.command("submit")
+        assert done.returncode == 0, done.stderr
+        assert "way        prequeue, 1 ahead: you may have 2 jobs at a time" in done.stdout
+        chain.started(step=9)
+        assert len(chain.status()["queued"]) == 1
+        log = chain.run.train_log.read_text()
+        assert "no further link could be queued" not in log

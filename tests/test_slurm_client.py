@@ -15,7 +15,6 @@ from made_run import add_link, make_run
 
 from hpcresume.config import RunConfig, SchedulerConfig, from_mapping
 from hpcresume.errors import ConfigError, SubmissionRejected, Unavailable
-from hpcresume.link import job_spec, pin_hardware
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler import hardware, slurm, slurm_clients
 from hpcresume.scheduler.hardware import Hardware
@@ -24,6 +23,7 @@ from hpcresume.scheduler.local import LocalScheduler
 from hpcresume.scheduler.process import available
 from hpcresume.scheduler.slurm import SlurmScheduler
 from hpcresume.submit import check_ways
+from hpcresume.successors import job_spec, pin_hardware
 
 REFUSED = "sbatch: error: Batch job submission failed: Invalid partition name specified"
 TIMED_OUT = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"

@@ -95,7 +95,9 @@ def _ended_for_good(history: Sequence[PastLink], _: Budgets) -> _Found:
             return "finished", "completed", f"training is complete at step {last.committed_step}"
         case Cause.CANCELLED:
             who = "user unknown" if last.who in ("", "unknown") else last.who
-            return "stop", "cancelled", f"cancelled by {who}" + (f" ({detail})" if detail else "")
+            how = f" ({detail})" if detail else ""
+            saved = f", saved at step {last.committed_step}" if last.committed_step else ""
+            return "stop", "cancelled", f"cancelled by {who}{how}{saved}"
         case Cause.STOPPED:
             return "stop", "stopped", detail or "stop was asked for"
         case Cause.CONFIGURATION:
@@ -225,6 +227,8 @@ _ROWS = (
 
 def _why_it_goes_on(last: PastLink) -> str:
     detail = last.detail.strip()
+    if detail.startswith("roll back"):
+        return f"{detail}; its data are left out"
     if last.cause in PLANNED:
         return f"{_PLANNED_WORDS[last.cause]}; step {last.committed_step} is committed"
     if last.cause in NODE_CAUSES:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from hpcresume import files
 from hpcresume.checkpoint import layout, reader, rng, writer
@@ -42,15 +43,18 @@ _BUFFERS = ".buffers"
 
 
 class Contents:
-    """The registered objects of a session, by name."""
+    """The registered objects of a session, by name; those of one rank of several."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        self._rank = rank
+        self._world_size = world_size
         self._objects: dict[str, Any] = {}
         self._begun_with: dict[str, Any] = {}
         """JSON values as the code gave them."""
         self._buffers: dict[str, tuple[str, ...]] = {}
         """Digests of the files of fleeting buffers as the code made them, by module."""
         self._layouts: dict[str, Layout] = {}
+        self._is_alike: dict[str, bool] = {}
         self._arena = Arena()
         self.generators: dict[str, Any] = {}
         """Random number generators, which each rank has of its own."""
@@ -111,10 +115,7 @@ class Contents:
             if _is_stateful(value):
                 laid, found, objects[name] = self._laid_out(name, value)
                 still |= laid.still
-                for file, names in laid.files.items():
-                    # Of one file there may be tens of thousands, and then no choice to be made.
-                    whole = len(laid.files) == 1
-                    tensors[file] = found if whole else {key: found[key] for key in names}
+                tensors |= _by_file(laid.names_of(0), found)
                 if len(laid.files) > 1:
                     written[layout.index_file(name)] = layout.index(laid, found)
                 fleeting = _fleeting_of(name, value)
@@ -143,13 +144,52 @@ class Contents:
                         f"register one of them only, or under another name."
                     )
                 written |= own
+        partners = {rank for laid in self._layouts.values() for rank in laid.ranks.values()}
         return Staged(
             self._arena.stage(tensors, reader.METADATA),
             written,
             partial(_state_text, files.to_json(rest).rstrip(), objects),
             still=frozenset(still),
             as_made=as_made,
+            partners=tuple(sorted(partners)),
         )
+
+    def stage_share(self) -> Staged:
+        """What this rank, which is not rank 0, writes of the save that rank 0 stages now."""
+        if not self._is_alike:
+            self._is_alike = {name: bool(self._alike(name)) for name in self._objects}
+        tensors: dict[str, Mapping[str, torch.Tensor]] = {}
+        for name, value in self._objects.items():
+            if _is_stateful(value) and self._is_alike[name]:
+                laid, found, _ = self._laid_out(name, value)
+                tensors |= _by_file(laid.names_of(self._rank), found)
+        return Staged(self._arena.stage(tensors, reader.METADATA), {}, None)
+
+    def is_divided(self) -> bool:
+        """Whether there is anything that several ranks may write together."""
+        return any(self._alike(name) for name in self._objects)
+
+    def _alike(self, name: str) -> Collection[int]:
+        """The parameters of an object, by identity, that torch itself keeps alike on all ranks.
+
+        Those of a module that DistributedDataParallel wraps; and those of an optimizer which has
+        no others: then its own state is alike too.
+        """
+        if self._world_size == 1:
+            return ()
+        value = self._objects[name]
+        modules = [each for each in self._objects.values() if isinstance(each, torch.nn.Module)]
+        parts = [part for module in modules for part in module.modules()]
+        wrapped = [part for part in parts if isinstance(part, DistributedDataParallel)]
+        kept = {id(param) for part in wrapped for param in part.parameters()}
+        if isinstance(value, torch.nn.Module):
+            return kept
+        plain = type(value).__module__.startswith("torch.optim.")
+        if not (plain and isinstance(value, torch.optim.Optimizer)):
+            # Others may keep a part of their state on each rank, as ZeroRedundancyOptimizer does.
+            return ()
+        params = {id(param) for group in value.param_groups for param in group["params"]}
+        return () if params - kept else params
 
     def _laid_out(
         self, name: str, value: Any
@@ -160,7 +200,11 @@ class Contents:
         laid, numbers = self._layouts.get(name), leaves.numbers
         if laid is None or not laid.outline.fits(leaves):
             outline = Outline(state, leaves, name)
-            laid = layout.lay_out(name, outline, outline.tensors(leaves))
+            tensors, alike = outline.tensors(leaves), self._alike(name)
+            # Not the buffers of a module: each rank has its own running statistics.
+            whole = bool(alike) and not isinstance(value, torch.nn.Module)
+            keys = {key for key, tensor in tensors.items() if whole or id(tensor) in alike}
+            laid = layout.lay_out(name, outline, tensors, keys, self._world_size)
             self._layouts[name], numbers = laid, outline.numbers
         return laid, laid.outline.tensors(leaves), partial(laid.text, numbers)
 
@@ -228,6 +272,16 @@ class Contents:
             if name not in weights:
                 other |= {*layout.files_of(name, names), layout.index_file(name)}
         return [name for name in names if name not in other]
+
+
+def _by_file(
+    names: Mapping[str, Sequence[str]], found: Mapping[str, torch.Tensor]
+) -> dict[str, Mapping[str, torch.Tensor]]:
+    """Tensors by file and name. Of one file there may be tens of thousands: no choice is made."""
+    return {
+        file: found if len(keys) == len(found) else {key: found[key] for key in keys}
+        for file, keys in names.items()
+    }
 
 
 def _state_text(rest: bytes, objects: Mapping[str, Callable[[], bytes]]) -> bytes:

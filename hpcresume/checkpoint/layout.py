@@ -1,14 +1,15 @@
 """How the tensors of one registered object are laid out in files.
 
-One file, or several with Hugging Face's names where part of a module is not trained: such a file
-is the same from save to save, and need not be written each time.
+One file, or several with Hugging Face's names: what is not trained lies in a file of its own, which
+is the same from save to save and need not be written each time; and what all ranks hold alike may
+be divided among them, so that each writes a share.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from hpcresume import files
 from hpcresume.checkpoint.outline import Outline
 
 _FILE = re.compile(r"(?P<object>\w+)(-\d{5}-of-\d{5})?\.safetensors")
-#: Parts that are smaller are not worth a file of their own.
+#: Parts that are smaller are not worth a file of their own...
 _WORTH_BYTES = 1 << 20
+#: ...nor the ranks' trouble.
+_DIVIDED_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,14 @@ class Layout:
     outline: Outline
     files: dict[str, list[str]]
     """The names in each file."""
-    still: frozenset[str]
+    still: frozenset[str] = frozenset()
     """Files of what is not trained."""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Who writes a file, where it is not rank 0."""
+
+    def names_of(self, rank: int) -> dict[str, list[str]]:
+        """The names in each file that a rank writes."""
+        return {f: names for f, names in self.files.items() if self.ranks.get(f, 0) == rank}
 
     def text(self, numbers: Sequence[Any]) -> bytes:
         """What state.json says of the object, with the numbers of a state of this outline."""
@@ -37,17 +46,52 @@ class Layout:
         return b'{"tree":%s,"aliases":%s}' % (self.outline.tree(numbers), aliases)
 
 
-def lay_out(name: str, outline: Outline, tensors: Mapping[str, torch.Tensor]) -> Layout:
-    """The layout of an object's tensors."""
-    if not tensors:
-        return Layout(outline, {}, frozenset())
+def lay_out(
+    name: str,
+    outline: Outline,
+    tensors: Mapping[str, torch.Tensor],
+    alike: Collection[str] = (),
+    world_size: int = 1,
+) -> Layout:
+    """The layout of an object's tensors, the same on all ranks.
+
+    `alike` names those which all `world_size` ranks hold bit for bit alike.
+    """
+    sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
     still = [key for key, tensor in tensors.items() if _is_still(tensor)]
-    moving = [key for key, tensor in tensors.items() if not _is_still(tensor)]
-    if moving and _size(tensors[key] for key in still) >= _WORTH_BYTES:
-        first, second = (f"{name}-{number:05d}-of-00002.safetensors" for number in (1, 2))
-        return Layout(outline, {first: moving, second: still}, frozenset({second}))
-    file = f"{name}.safetensors"
-    return Layout(outline, {file: list(tensors)}, frozenset(() if moving else {file}))
+    if sum(sizes[key] for key in still) < _WORTH_BYTES and len(still) < len(tensors):
+        still = []
+    moving = [key for key in tensors if key not in set(still)]
+    shares = [moving]
+    divided = [key for key in moving if key in alike]
+    if world_size > 1 and sum(sizes[key] for key in divided) >= _DIVIDED_BYTES:
+        shares = _divide(divided, sizes, world_size)
+        shares[0] += [key for key in moving if key not in alike]
+    groups = [(rank, keys) for rank, keys in enumerate(shares) if keys]
+    if still:
+        groups.append((0, still))
+    if len(groups) < 2:
+        names = [f"{name}.safetensors"] * len(groups)
+    else:
+        total = len(groups)
+        names = [f"{name}-{n + 1:05d}-of-{total:05d}.safetensors" for n in range(total)]
+    return Layout(
+        outline,
+        {file: keys for file, (_, keys) in zip(names, groups, strict=True)},
+        still=frozenset(names[-1:] if still else ()),
+        ranks={file: rank for file, (rank, _) in zip(names, groups, strict=True) if rank},
+    )
+
+
+def _divide(keys: Sequence[str], sizes: Mapping[str, int], parts: int) -> list[list[str]]:
+    """Parts of about the same size: the largest first, each to the part that has least."""
+    found: list[list[str]] = [[] for _ in range(parts)]
+    filled = [0] * parts
+    for key in sorted(keys, key=lambda key: (-sizes[key], key)):
+        least = filled.index(min(filled))
+        found[least].append(key)
+        filled[least] += sizes[key]
+    return found
 
 
 def index_file(name: str) -> str:
@@ -58,7 +102,8 @@ def index_file(name: str) -> str:
 def index(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> bytes:
     """The content of that file, in Hugging Face's words."""
     places = {key: file for file, keys in layout.files.items() for key in keys}
-    total = {"total_size": _size(tensors.values())}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    total = {"total_size": size}
     return files.to_json({"metadata": total, "weight_map": places}, indent=1)
 
 
@@ -70,7 +115,3 @@ def files_of(name: str, present: Iterable[str]) -> list[str]:
 
 def _is_still(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
-
-
-def _size(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

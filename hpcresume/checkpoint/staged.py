@@ -25,12 +25,14 @@ class Staged:
     images: list[Image]
     others: dict[str, bytes]
     """What is not tensors, by the file's name."""
-    state: Callable[[], bytes]
-    """The text of state.json."""
+    state: Callable[[], bytes] | None
+    """The text of state.json; None where another rank writes it."""
     still: frozenset[str] = frozenset()
     """Files of what is not trained: they may be there already."""
     as_made: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Files that are left out where their digests are these."""
+    partners: tuple[int, ...] = ()
+    """The ranks that write the other shares of this save."""
     links: Mapping[str, tuple[FileEntry, Path]] = field(default_factory=dict)
     """Files that are there already, and where."""
 
@@ -70,7 +72,8 @@ class Staged:
             for image in self.images
         ]
         folders = set()
-        for name, content in {**self.others, STATE: self.state()}.items():
+        state = {} if self.state is None else {STATE: self.state()}
+        for name, content in {**self.others, **state}.items():
             path = directory / name
             if path.parent != directory:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ _COMMANDS = {
     "logs": "logs",
     "cancel": "control",
     "resume": "control",
+    "drive": "control",
     "why": "why",
     "verify": "verify",
     "checkpoints": "checkpoints",

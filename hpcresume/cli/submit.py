@@ -14,6 +14,7 @@ from hpcresume.config import RunConfig, default_path, read_frozen
 from hpcresume.display.terminal import let_go_of_stdout
 from hpcresume.errors import SubmissionRejected, UsageError
 from hpcresume.run_dir import RunDir
+from hpcresume.scheduler.doctor.way import Way
 
 
 @click.command()
@@ -105,7 +106,8 @@ def begin(run: RunDir, config: RunConfig, *, detach: bool) -> int:
         return outcome.exit_code
     local = submission.scheduler.name == "local"
     try:
-        click.echo(_receipt(run, submission.job, "local job" if local else "job"))
+        word = "local job" if local else "job"
+        click.echo(_receipt(run, submission.job, word, submission.way))
     except BrokenPipeError:
         # The job is queued, and wants a driver all the same.
         let_go_of_stdout()
@@ -116,9 +118,11 @@ def begin(run: RunDir, config: RunConfig, *, detach: bool) -> int:
     return detach_driver(run) if detach else drive_here(run, config)
 
 
-def _receipt(run: RunDir, job: str, word: str) -> str:
+def _receipt(run: RunDir, job: str, word: str, way: Way | None) -> str:
     name = run.name
-    useful = [
+    driven = way is not None and way.mode == "drive"
+    useful = [(f"hpcresume drive {name}", "keep it going, from here")] if driven else []
+    useful += [
         ("hpcresume status", "how it stands"),
         (f"hpcresume logs -f {name}", "what it prints, over all jobs"),
         (f"hpcresume cancel {name}", "end the chain"),
@@ -129,5 +133,14 @@ def _receipt(run: RunDir, job: str, word: str) -> str:
         f"{word:<10} {job}\n"
         f"directory  {run.path}\n"
         f"log        {run.train_log}\n"
+        f"{_way_line(way)}"
         f"\n" + "\n".join(f"  {command:<{width}}  {what}" for command, what in useful) + "\n"
     )
+
+
+def _way_line(way: Way | None) -> str:
+    """How the further jobs follow, where it is not the way that most runs go."""
+    if way is None:
+        return ""
+    ahead = f", {way.ahead} ahead" if way.ahead else ""
+    return f"way        {way.mode}{ahead}: {'; '.join(way.reasons)}\n"

@@ -48,6 +48,11 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """How many of the best checkpoints are kept besides, where the training names a metric."""
     keep_every: _AtLeast1 | None = None
     """Keep for good, besides, the first checkpoint at or after each multiple of so many steps."""
+    on_non_finite: Literal["stop", "roll_back"] = "stop"
+    """What follows a logged loss or grad_norm that is not finite, of which no state is ever saved;
+    roll_back: go back `roll_back` checkpoints, and leave out the data from there to that step."""
+    roll_back: _AtLeast1 = 1
+    """How many checkpoints `on_non_finite: roll_back` goes back; 1: to the newest."""
     on_finish: Literal["keep_all", "keep_final"] = "keep_all"
     """What stays when training is complete; keep_final: of keep_last only the last one."""
 
@@ -55,8 +60,9 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 class ChainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one job follows another, and the budgets that end the chain."""
 
-    mode: Literal["auto", "prequeue", "resubmit", "requeue"] = "auto"
-    """How the next job gets into the queue; auto: what suits the cluster."""
+    mode: Literal["auto", "prequeue", "resubmit", "requeue", "drive"] = "auto"
+    """How the next job gets into the queue; auto: what suits the cluster; drive: by `hpcresume
+    drive` on a login node, where compute nodes may not submit."""
     ahead: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
     """How many jobs wait behind the running one."""
     max_links: _AtLeast1 | None = None
@@ -69,6 +75,10 @@ class ChainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Stop after so many links in a row that committed no new step."""
     max_crashes: _AtLeast0 = 3
     """Stop after more than so many crashes without progress between them."""
+    hang_s: _NotNegative | None = None
+    """Seconds without a sign of life after which ranks count as hung (their stacks go into the log,
+    they are killed, the next link goes on); null: learned for each kind of work, at least 60; 0:
+    never."""
     lead_s: _NotNegative | None = None
     """Seconds before the job's end at which saving starts; null: learned from measured saves."""
 

@@ -105,7 +105,7 @@ def _process(data: bytes | None) -> ProcessId | None:
 
 def _live(run: RunDir, process: ProcessId) -> str:
     text = (
-        f"The local driver of run '{run.name}' is alive: process {process.pid} on {process.host}. "
+        f"The driver of run '{run.name}' is alive: process {process.pid} on {process.host}. "
         "Let it go on, or end it with `hpcresume cancel`"
     )
     if process.here:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ class _Child(Protocol):
 
     def poll(self) -> int | None: ...
 
+    def send_signal(self, sig: int) -> None: ...
+
     def terminate(self) -> None: ...
 
     def kill(self) -> None: ...
@@ -54,6 +57,9 @@ class Step(Protocol):
 
     def stop(self) -> None:
         """Send SIGTERM to the ranks, who then save and leave; no error if that fails."""
+
+    def show_stacks(self) -> None:
+        """Send SIGQUIT to the ranks, who print what all their threads are at; no error if not."""
 
     def kill(self) -> None:
         """End all ranks now; nothing if they have ended."""
@@ -155,15 +161,22 @@ class _SrunStep:
         return _exit_code(self._srun)
 
     def stop(self) -> None:
+        self._signal("TERM")
+
+    def show_stacks(self) -> None:
+        self._signal("QUIT")
+
+    def _signal(self, name: str) -> None:
+        # Through the controller, which hands it to the tasks: srun itself would kill them for it.
         try:
             listed = self._clients.call(
                 *("squeue", "--noheader", "--steps", f"--jobs={self._job_id}", "--format=%i|%j")
             )
             ids = slurm_text.parse_step_ids(listed.out, _STEP_NAME)
             if ids:
-                self._clients.call("scancel", "--signal=TERM", *ids)
+                self._clients.call("scancel", f"--signal={name}", *ids)
         except Unavailable as error:
-            log.warning("The ranks got no SIGTERM: %s", error)
+            log.warning("The ranks got no SIG%s: %s", name, error)
 
     def kill(self) -> None:
         # The first SIGTERM makes srun kill its tasks, on every node, without the controller.
@@ -195,6 +208,11 @@ class _LocalStep:
         for rank in self._ranks:
             if rank.poll() is None:
                 rank.terminate()
+
+    def show_stacks(self) -> None:
+        for rank in self._ranks:
+            if rank.poll() is None:
+                rank.send_signal(signal.SIGQUIT)
 
     def kill(self) -> None:
         for rank in self._ranks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hpcresume.config import RunConfig
 from hpcresume.journal import Journal, Lineage
@@ -11,6 +11,7 @@ from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.signals import SignalFlags
 from hpcresume.training.clock import Clock
 from hpcresume.training.distributed import Ranks
+from hpcresume.training.heartbeat import Heartbeat
 
 
 @dataclass(kw_only=True)
@@ -34,5 +35,7 @@ class Berth:
     """Do not resume, although there may be checkpoints (`resume: never`)."""
     orphaned: Callable[[], bool] = lambda: False
     """Whether the supervisor is gone."""
+    beat: Heartbeat = field(default_factory=Heartbeat)
+    """Tells the supervisor that this rank goes on; by default nobody."""
     stop_at: int | None = None
     """The step after which this link saves and leaves; None: whenever it must."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,20 @@ log = logging.getLogger(__name__)
 _HISTORY = 100
 #: What each line begins with.
 _OWN = frozenset({"step", "epoch"})
+#: What must be a finite number in every step that it is logged in.
+WATCHED = ("loss", "grad_norm")
+#: How many steps a rank that writes no log keeps before it looks at them.
+_UNWRITTEN_STEPS = 64
+
+
+class BadStep(NamedTuple):
+    """A step in which a watched metric was not finite; `position` counts its last micro-batch."""
+
+    metric: str
+    value: str
+    step: int
+    epoch: int
+    position: int
 
 
 class MetricLog:
@@ -25,13 +39,16 @@ class MetricLog:
 
     A GPU's tensors are kept as they are until a flush: turning each into a number at once would
     make the CPU wait at every step. A value logged several times in one step (gradient
-    accumulation) is averaged.
+    accumulation) is averaged. Without a link, only what is `watched` is kept, and never written.
     """
 
     def __init__(self, link: LinkDir | None) -> None:
         self._lines = None if link is None else files.LineWriter(link.metrics)
         self._step: dict[str, Any] = {}
-        self._waiting: list[tuple[int, int, dict[str, Any]]] = []
+        self._waiting: list[tuple[int, int, int, dict[str, Any]]] = []
+        self.watched: tuple[str, ...] = WATCHED
+        self.bad: BadStep | None = None
+        """The first step that was found not to be finite, as far as the log has been flushed."""
         self.latest: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         """The lines at the last saves, bounded."""
@@ -39,7 +56,7 @@ class MetricLog:
     def add(self, values: Mapping[str, Any]) -> None:
         """Log values for the step in progress."""
         if self._lines is None:
-            return
+            values = {name: values[name] for name in self.watched if name in values}
         step = self._step
         for name, value in values.items():
             if name in _OWN:
@@ -52,11 +69,13 @@ class MetricLog:
             else:
                 step[name] = _Several((step[name], kept))
 
-    def end_step(self, step: int, epoch: int) -> None:
-        """The step is over; what was logged belongs to it."""
+    def end_step(self, step: int, epoch: int, position: int = 0) -> None:
+        """The step is over, behind so many micro-batches of its epoch; what was logged is its."""
         if self._step:
-            self._waiting.append((step, epoch, self._step))
+            self._waiting.append((step, epoch, position, self._step))
             self._step = {}
+            if self._lines is None and len(self._waiting) >= _UNWRITTEN_STEPS:
+                self.flush()
 
     def remember(self) -> None:
         """Take the latest line into the history, if it is not there."""
@@ -68,18 +87,32 @@ class MetricLog:
 
         What a full disk refuses is kept for the next time: training does not end by it.
         """
-        if self._lines is None or not self._waiting:
+        if not self._waiting:
             return
         lines = [
             {"step": step, "epoch": epoch, **{k: _mean(v) for k, v in values.items()}}
-            for step, epoch, values in self._waiting
+            for step, epoch, _, values in self._waiting
         ]
+        if self.bad is None:
+            self.bad = self._first_bad(lines)
         self._waiting = []
+        if self._lines is None:
+            return
         self.latest = lines[-1]
         try:
             self._lines.append(*lines)
         except OSError as error:
             log.warning("the metrics wait in memory, their file cannot be written: %s", error)
+
+    def _first_bad(self, lines: list[dict[str, Any]]) -> BadStep | None:
+        """The first of the waiting steps, as their lines are, that is not finite."""
+        if all(_all_finite(lines, name) for name in self.watched):
+            return None
+        for (step, epoch, position, _), line in zip(self._waiting, lines, strict=True):
+            for name in self.watched:
+                if not _is_finite(line.get(name)):
+                    return BadStep(name, str(line[name]), step, epoch, position)
+        return None
 
     def written(self) -> int:
         """Flush; the length of the log in bytes. Raises OSError where the disk refuses."""
@@ -109,6 +142,20 @@ def _mean(value: Any) -> Any:
     if not all(isinstance(n, (int, float)) for n in numbers):
         return numbers[-1]
     return math.fsum(numbers) / len(numbers)
+
+
+def _all_finite(lines: list[dict[str, Any]], name: str) -> bool:
+    """Quick, because every step passes through it; false as well where one value is no number."""
+    try:
+        return all(map(math.isfinite, [line[name] for line in lines if name in line]))
+    except (TypeError, OverflowError):
+        return False
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _number(value: Any) -> Any:

@@ -12,9 +12,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from hpcresume import files
@@ -29,7 +30,7 @@ from hpcresume.checkpoint.cadence import (
 )
 from hpcresume.checkpoint.contents import Contents
 from hpcresume.checkpoint.images import Images
-from hpcresume.checkpoint.manifest import Committed, read_committed
+from hpcresume.checkpoint.manifest import Committed, FileEntry, read_committed
 from hpcresume.checkpoint.retention import Policy, policy_of
 from hpcresume.checkpoint.staged import STATE, Staged
 from hpcresume.checkpoint.store import Store
@@ -44,6 +45,7 @@ from hpcresume.journal import (
 from hpcresume.scheduler.environment import node_names
 from hpcresume.training.berth import Berth
 from hpcresume.training.record import MetricLog
+from hpcresume.training.shares import Shares
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class Saver:
         """Seconds from one save to the next, where the run's saves are to find that themselves."""
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=give_way)
         self._writing: Future[None] | None = None
+        self._shares: Shares | None = None
         self.saved_at = time.monotonic()
         self.images = self._find()
         self.committed: Committed | None = None
@@ -113,6 +116,8 @@ class Saver:
     def begun(self) -> None:
         """All is restored: the memory of what was read is given back."""
         self.images = None
+        if self._contents.is_divided():
+            self._shares = Shares(self._berth.ranks)
 
     def _note_bad(self, step: int, reason: str) -> None:
         log.warning("checkpoint-%d is not used: %s; it is quarantined", step, reason)
@@ -168,6 +173,15 @@ class Saver:
         if writing is not None:
             writing.result()
 
+    def save_share(self) -> None:
+        """Take this rank's share of what rank 0 saves now, and write it in the background."""
+        if self._shares is None:
+            return
+        self.wait()
+        number, staged = self._shares.next(), self._contents.stage_share()
+        if staged.images:
+            self._writing = self._thread.submit(self._shares.deliver, number, staged.write)
+
     def save(
         self,
         progress: dict[str, Any],
@@ -183,6 +197,7 @@ class Saver:
         journalled: training goes on, and the checkpoints before it stay. Raises what `wait` does.
         """
         self.wait()
+        number = 0 if self._shares is None else self._shares.next()
         began = time.monotonic()
         try:
             segments = self._lineage.extended(
@@ -190,6 +205,8 @@ class Saver:
             )
         except OSError as error:
             self._refused(progress["global_step"], error)
+            if self._shares is not None:
+                self._shares.close(number)
             return
         self._metrics.remember()
         progress |= {"lineage": segments_to_json(segments), "history": self._metrics.history}
@@ -201,12 +218,15 @@ class Saver:
         self.saved_at = time.monotonic()
         self._stalls.append(self.saved_at - began)
         record = {**record, "stall": round(self._stalls[-1], 4)}
-        self._writing = self._thread.submit(self._write, staged, progress, metric, record, began)
+        self._writing = self._thread.submit(
+            self._write, number, staged, progress, metric, record, began
+        )
         if not self._berth.config.checkpoint.background:
             self.wait()
 
     def _write(
         self,
+        number: int,
         staged: Staged,
         progress: Mapping[str, Any],
         metric: dict[str, Any] | None,
@@ -219,8 +239,11 @@ class Saver:
             self._metrics.sync()
             staged = staged.beside(partial(self._store.twin, self._lineage))
             self._make_room(staged, step)
+            write: Callable[[Path], Sequence[FileEntry]] = staged.write
+            if self._shares is not None:
+                write = self._shares.write(number, write, staged.partners)
             self.committed = self._store.commit(
-                staged.write,
+                write,
                 step=step,
                 epoch=epoch,
                 link=self._berth.link.number,
@@ -232,6 +255,9 @@ class Saver:
         except OSError as error:
             self._refused(step, error)
             return
+        finally:
+            if self._shares is not None:
+                self._shares.close(number)
         seconds = time.monotonic() - began
         clock = self._berth.clock
         clock.saves.append(seconds)
@@ -303,6 +329,8 @@ class Saver:
 
     def close(self) -> None:
         """Let a save that is being written come to its end."""
+        if self._shares is not None and self._berth.ranks.rank:
+            self._shares.give_up()
         self._thread.shutdown()
 
     def finish(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 
 from hpcresume.training.berth import Berth
 
@@ -18,6 +19,10 @@ class StopWatch:
         self._next_look = 0.0
         self._reason: str | None = None
 
+    def ask(self, reason: str) -> None:
+        """Stop at the next boundary, for a reason that this rank has found itself."""
+        self._reason = self._reason or reason
+
     def why(self, now: float) -> str | None:
         """The reason to stop, or None. `now` is the monotonic clock's time in seconds.
 
@@ -25,6 +30,17 @@ class StopWatch:
         """
         if self._reason is None:
             self._reason = self._look_sometimes(now)
+        return self._reason
+
+    def wait(self, seconds: float) -> str | None:
+        """Wait, but no longer than until there is a reason to stop, which is returned."""
+        until = time.monotonic() + seconds
+        while self._reason is None:
+            self._reason = self.look()
+            left = until - time.monotonic()
+            if left <= 0 or self._reason is not None:
+                break
+            time.sleep(min(left, _LOOK_S))
         return self._reason
 
     def _look_sometimes(self, now: float) -> str | None:

@@ -16,7 +16,8 @@ def judge_way(way: Way, wishes: Wishes) -> Iterator[Finding]:
     ahead = f", {counted(way.ahead, 'job')} ahead" if way.ahead else ""
     what = f"{way.mode}{ahead}: {'; '.join(way.reasons)}"
     if way.mode == "drive":
-        yield failure("way", what, "after each job, on a login node: hpcresume resume NAME")
+        remedy = "submit with --set chain.mode=drive, and let `hpcresume drive NAME` run there"
+        yield failure("way", what, f"{remedy} (or after each job: hpcresume resume NAME)")
     elif wishes.mode == "auto" and way.mode != "prequeue":
         yield warning("way", what, f"submit with --set chain.mode={way.mode}")
     elif wishes.mode == "auto" and way.ahead != wishes.ahead:

@@ -1,6 +1,6 @@
 """How the next job of a chain gets into the queue, chosen from what is known, with the reasons.
 
-Pure. `doctor` shows it; whoever submits may ask it as well.
+Pure. `doctor` shows it, and `submit` freezes it in the run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import cast
 
 from hpcresume.scheduler.doctor.facts import Mode, ProbeFacts, SlurmFacts, Wishes
 from hpcresume.scheduler.doctor.texts import first_number
+from hpcresume.scheduler.environment import node_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,18 @@ def circumstances(slurm: SlurmFacts, probe: ProbeFacts | None, slots: int | None
         scontrol_on_nodes=probe.can("scontrol") if probe else None,
         requeue_hold_s=requeue_hold_s(slurm.config),
     )
+
+
+def takes_jobs_from_its_nodes(slurm: SlurmFacts, wishes: Wishes) -> bool | None:
+    """Whether the partitions let their own nodes submit jobs; None where that is not known."""
+    allowed: list[bool] = []
+    for block in slurm.partitions:
+        names = (wishes.partition or "").split(",")
+        if block["PartitionName"] in names if wishes.partition else block.get("Default") == "YES":
+            hosts = block.get("AllocNodes", "ALL")
+            own = set(node_names(block.get("Nodes", "")))
+            allowed.append(hosts == "ALL" or not own or not own.isdisjoint(node_names(hosts)))
+    return any(allowed) if allowed else None
 
 
 def requeue_hold_s(config: Mapping[str, str]) -> int | None:
