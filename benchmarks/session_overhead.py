@@ -24,9 +24,9 @@ import torch
 
 import hpcresume
 from hpcresume.config import from_mapping
-from hpcresume.rank import berth_for, serve
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.environment import RankPlace
+from hpcresume.serving import berth_for, serve
 from hpcresume.signals import SignalFlags
 from hpcresume.training.clock import Clock
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpcresume.errors import HpcResumeError
+    from hpcresume.foreground import main
     from hpcresume.link import Link, LinkOutcome
-    from hpcresume.rank import main
     from hpcresume.session import Session
 
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ _HOMES = {
     "Link": "hpcresume.link",
     "LinkOutcome": "hpcresume.link",
     "Session": "hpcresume.session",
-    "main": "hpcresume.rank",
+    "main": "hpcresume.foreground",
 }
 
 

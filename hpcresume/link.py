@@ -39,11 +39,8 @@ from hpcresume.story import (
     read_story,
     this_process,
 )
-from hpcresume.successors import Successors, job_spec, lead_s, saves
+from hpcresume.successors import Successors, lead_s, saves
 from hpcresume.training.heartbeat import Hang, Watchdog
-
-#: `job_spec` is of `successors`; `doctor` finds it here.
-__all__ = ["Link", "LinkOutcome", "exiting_link", "job_spec", "supervise"]
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,6 @@ from hpcresume import files
 from hpcresume.config import RunConfig, read_frozen
 from hpcresume.display.logging import logging_to
 from hpcresume.errors import ConfigError
-from hpcresume.foreground import main
 from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.scheduler.environment import STOP_AT, RankPlace, rank_place
 from hpcresume.serving import TrainFunction, berth_for, place_of, serve
@@ -32,9 +31,6 @@ from hpcresume.training.berth import Berth
 from hpcresume.training.clock import Clock
 from hpcresume.training.distributed import Ranks
 from hpcresume.training.heartbeat import Heartbeat
-
-#: `main` is of `foreground`, `berth_for` and `serve` of `serving`; they are found here as well.
-__all__ = ["berth_for", "code_roots", "load_train", "main", "run_rank", "serve"]
 
 log = logging.getLogger(__name__)
 

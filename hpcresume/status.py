@@ -125,6 +125,8 @@ def _state(
         return "waiting", ""
     if not story.links and not story.submissions:
         return "stalled", "never submitted"
+    if story.driven:
+        return "waiting", f"for `hpcresume drive {story.run.name}` to submit its next job"
     return "stalled", f"no job is queued and no reason recorded: hpcresume resume {story.run.name}"
 
 

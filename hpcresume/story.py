@@ -53,6 +53,13 @@ class Story:
         return _newest_link([r for r in self.submissions if r.get("reopened") is True])
 
     @property
+    def driven(self) -> bool:
+        """Whether `hpcresume drive` submits its jobs, one after the other."""
+        submitted = [r for r in self.submissions if r["kind"] == "submitted"]
+        way = submitted[-1].get("way") if submitted else None
+        return isinstance(way, dict) and way.get("mode") == "drive"
+
+    @property
     def newest(self) -> LinkRecords | None:
         """The newest link."""
         return self.links[-1] if self.links else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from hpcresume.config import RunConfig
@@ -22,7 +21,6 @@ from hpcresume.scheduler.doctor.way import (
     Way,
     choose_way,
     circumstances,
-    takes_jobs_from_its_nodes,
 )
 
 #: How long the cluster's clients may take; what has not answered by then is not known.
@@ -37,10 +35,7 @@ def find_way(config: RunConfig, cluster: str, environ: Mapping[str, str]) -> Way
     if cluster == "slurm" and wishes.mode == "auto":
         facts = ask_slurm(environ, timeout_s=_ASK_S)
     slots = submit_slots(facts, wishes)
-    known = circumstances(facts, None, slots[0] if slots else None)
-    if takes_jobs_from_its_nodes(facts, wishes) is False:
-        known = replace(known, sbatch_on_nodes=False)
-    return choose_way(wishes, known)
+    return choose_way(wishes, circumstances(facts, None, slots[0] if slots else None, wishes))
 
 
 def is_default(way: Way, config: RunConfig) -> bool:
@@ -55,7 +50,8 @@ def way_of(run: RunDir, config: RunConfig) -> Way:
             found = _from_json(record.get("way")) if record["kind"] == "submitted" else None
             if found is not None:
                 return found
-    return choose_way(_wishes(config, "local"), circumstances(SlurmFacts(), None, None))
+    wishes = _wishes(config, "local")
+    return choose_way(wishes, circumstances(SlurmFacts(), None, None, wishes))
 
 
 def to_json(way: Way) -> dict[str, Any]:

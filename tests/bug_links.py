@@ -35,9 +35,9 @@ from hpcresume.checkpoint.staged import STATE
 from hpcresume.checkpoint.store import Store
 from hpcresume.config import dump, from_mapping, read_frozen
 from hpcresume.journal import lineage, read_metrics
-from hpcresume.rank import berth_for, serve
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.environment import RankPlace
+from hpcresume.serving import berth_for, serve
 from hpcresume.signals import SignalFlags, listen
 from hpcresume.training.clock import Clock
 from hpcresume.training.distributed import Ranks

@@ -89,10 +89,10 @@ class Layer:
         mmap.mmap = self._mapping()  # type: ignore[misc]
         # Python's own files in Python: they ask `os` for everything.
         self._open = io.open
-        io.open = builtins.open = _pyio.open  # type: ignore[assignment]
+        io.open = builtins.open = _pyio.open
 
     def __exit__(self, *_exception: object) -> None:
-        io.open = builtins.open = self._open  # type: ignore[assignment]
+        io.open = builtins.open = self._open
         mmap.mmap = self._mmap  # type: ignore[misc]
         for name, function in self._real.items():
             setattr(os, name, function)
@@ -442,7 +442,8 @@ def missing_rights(system: str) -> str:
         return f"needs {', '.join(lacking)}, to mount a disk of its own"
     if system == "ext4" and not Path("/dev/loop-control").exists():
         return "needs loop devices, to mount a disk of its own"
-    return result_of(_try_to_mount, system)
+    reason: str = result_of(_try_to_mount, system)
+    return reason
 
 
 def _try_to_mount(system: str) -> str:

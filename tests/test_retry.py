@@ -30,7 +30,7 @@ from torch import nn
 import hpcresume
 from hpcresume.config import read_frozen
 from hpcresume.errors import HpcResumeError, UsageError
-from hpcresume.rank import berth_for
+from hpcresume.serving import berth_for
 from hpcresume.signals import SignalFlags
 from hpcresume.training.clock import Clock
 from hpcresume.training.distributed import Ranks

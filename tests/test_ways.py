@@ -13,7 +13,7 @@ from hpcresume.config import RunConfig, from_mapping
 from hpcresume.journal import Journal
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.doctor.facts import SlurmFacts, Wishes
-from hpcresume.scheduler.doctor.way import Way, takes_jobs_from_its_nodes
+from hpcresume.scheduler.doctor.way import Way, circumstances
 from hpcresume.successors import job_spec
 
 REQUEUE: Way = Way(mode="requeue", ahead=0, reasons=("you may have 1 job at a time",))
@@ -97,5 +97,7 @@ def partition(**fields: str) -> dict[str, str]:
 def test_partitions_tell_whether_their_nodes_may_submit(
     partitions: list[dict[str, str]], wanted: str | None, allowed: bool | None
 ) -> None:
-    facts = SlurmFacts(partitions=tuple(partitions))
-    assert takes_jobs_from_its_nodes(facts, Wishes(partition=wanted)) is allowed
+    facts, wishes = SlurmFacts(partitions=tuple(partitions)), Wishes(partition=wanted)
+    # That they are let is no proof that sbatch works there.
+    refused = None if allowed is not False else False
+    assert circumstances(facts, None, None, wishes).sbatch_on_nodes is refused

@@ -127,6 +127,17 @@ def test_run_without_any_link_is_told_to_be_started(runs: Path, said: Said) -> N
     assert document["chain"] == []
 
 
+def test_driven_run_between_its_links_waits_for_its_driver(runs: Path, said: Said) -> None:
+    run = make_run(runs)
+    journal = Journal(run.submissions, link=0, job=None)
+    journal.write("submitted", after_link=0, way={"mode": "drive", "ahead": 0, "reasons": []})
+    journal.close()
+    end_link(add_link(run), "continue", "deadline", "the job's time was nearly over")
+    assert told(said, "toy")["sentence"] == (
+        "toy waits at step 0 for `hpcresume drive toy` to submit its next job."
+    )
+
+
 def test_run_that_is_not_there_is_not_found(runs: Path, said: Said) -> None:
     make_run(runs)
     code, out, err = said("why", "toi")

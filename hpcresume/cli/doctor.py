@@ -126,7 +126,7 @@ def _examine(
             probe = _probe(settings, place.base or root, wishes, wait_s)
         report.add("Compute node", judge_probe(probe, wishes))
     slots = submit_slots(slurm, wishes)
-    way = choose_way(wishes, circumstances(slurm, probe, slots[0] if slots else None))
+    way = choose_way(wishes, circumstances(slurm, probe, slots[0] if slots else None, wishes))
     report.add("Chain", judge_way(way, wishes))
     return way
 
@@ -175,9 +175,9 @@ def _options(flags: dict[str, Any]) -> dict[str, Any]:
 
 def _wishes(settings: RunConfig, root: Path) -> Wishes:
     """What the configuration asks for, and what the first job of a run would."""
-    from hpcresume.link import job_spec
     from hpcresume.run_dir import RunDir
     from hpcresume.submit import FIRST_LEAD_S
+    from hpcresume.successors import job_spec
 
     scheduler = settings.scheduler
     lead_s = settings.chain.lead_s

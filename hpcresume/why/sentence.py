@@ -66,6 +66,8 @@ def _doing(view: View) -> str:
 
 
 def _waiting(view: View, at: str) -> str:
+    if not view.status.job and view.story.driven:
+        return f"waits {at} {view.status.why}"
     if not view.status.job:
         unknown = f"stands {at}, and whether a job of it waits or runs is not known"
         return f"{unknown}: {view.status.why}" if view.status.why else unknown

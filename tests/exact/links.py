@@ -28,9 +28,9 @@ from cuts import Cut
 
 from hpcresume.config import dump, from_mapping, read_frozen
 from hpcresume.journal import read_chain
-from hpcresume.rank import berth_for, serve
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.environment import RankPlace
+from hpcresume.serving import berth_for, serve
 from hpcresume.session import Berth
 from hpcresume.signals import SignalFlags, listen
 from hpcresume.training import distributed

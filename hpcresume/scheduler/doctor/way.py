@@ -87,18 +87,23 @@ def _drive(*reasons: str) -> Way:
     return Way(mode="drive", ahead=0, reasons=(*reasons, "each next job comes from a login node"))
 
 
-def circumstances(slurm: SlurmFacts, probe: ProbeFacts | None, slots: int | None) -> Circumstances:
-    """What the choice depends on, out of the facts."""
+def circumstances(
+    slurm: SlurmFacts, probe: ProbeFacts | None, slots: int | None, wishes: Wishes
+) -> Circumstances:
+    """What the choice depends on, out of the facts. What a probe has tried counts most."""
+    on_nodes = probe.can("sbatch") if probe else None
+    if on_nodes is None and _takes_jobs_from_its_nodes(slurm, wishes) is False:
+        on_nodes = False
     return Circumstances(
         submit_slots=slots,
-        sbatch_on_nodes=probe.can("sbatch") if probe else None,
+        sbatch_on_nodes=on_nodes,
         dependency_on_nodes=probe.can("after") if probe else None,
         scontrol_on_nodes=probe.can("scontrol") if probe else None,
         requeue_hold_s=requeue_hold_s(slurm.config),
     )
 
 
-def takes_jobs_from_its_nodes(slurm: SlurmFacts, wishes: Wishes) -> bool | None:
+def _takes_jobs_from_its_nodes(slurm: SlurmFacts, wishes: Wishes) -> bool | None:
     """Whether the partitions let their own nodes submit jobs; None where that is not known."""
     allowed: list[bool] = []
     for block in slurm.partitions:
