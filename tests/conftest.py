@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
+from made_run import Said
 from slurm_cluster import SlurmCluster, missing
+
+from hpcresume import cli
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +16,21 @@ def slurm() -> Iterator[SlurmCluster]:
         pytest.skip(reason)
     with SlurmCluster() as cluster:
         yield cluster
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Said:
+    """A command line, run in this process: exit code, output, errors."""
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main(list(argv))
+        out, err = capsys.readouterr()
+        assert isinstance(left.value.code, int)
+        return left.value.code, out, err
+
+    return run
 
 
 def pytest_configure(config: pytest.Config) -> None:

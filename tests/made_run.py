@@ -16,6 +16,8 @@ from hpcresume.scheduler.job import JobSpec
 from hpcresume.scheduler.local import LocalScheduler
 from hpcresume.story import this_process, token_prefix
 
+#: Runs a command line in this process: exit code, output, errors.
+Said = Callable[..., tuple[int, str, str]]
 #: A host that this machine is not: what runs there is not known here.
 ELSEWHERE = "gpu017"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_run import FakeSlurm, add_link, complete, make_run, queue_job
+from made_run import FakeSlurm, Said, add_link, complete, make_run, queue_job
 from oracle import ENVIRON, TRAINING, assert_equivalent, fingerprint
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
@@ -33,7 +33,6 @@ from hpcresume.submit import freeze_code, ready_to_resume
 sys.path.insert(0, str(TRAINING))
 import tiny
 
-Said = Callable[..., tuple[int, str, str]]
 Train = Callable[[hpcresume.Session], None]
 SETTINGS: dict[str, Any] = {
     "max_steps": 12,
@@ -66,18 +65,9 @@ def runs(project: Path) -> Path:
 
 
 @pytest.fixture
-def said(project: Path, capsys: pytest.CaptureFixture[str]) -> Said:
-    """A command line, run in this process: exit code, output, errors."""
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main(list(argv))
-        out, err = capsys.readouterr()
-        assert isinstance(left.value.code, int)
-        return left.value.code, out, err
-
-    return run
+def said(project: Path, said: Said) -> Said:
+    """A command line in the project."""
+    return said
 
 
 @contextlib.contextmanager

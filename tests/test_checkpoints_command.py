@@ -15,15 +15,15 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fcntl import ioctl
 from pathlib import Path
 
 import pytest
-from made_run import FakeSlurm, add_link, complete, make_run, queue_job
+from made_run import FakeSlurm, Said, add_link, complete, make_run, queue_job
 from oracle import ENVIRON
 
-from hpcresume import cli, files
+from hpcresume import files
 from hpcresume.checkpoint import disk
 from hpcresume.checkpoint import manifest as manifests
 from hpcresume.checkpoint.listing import list_checkpoints
@@ -33,7 +33,6 @@ from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.driver_file import only_driver
 from hpcresume.story import this_process
 
-Said = Callable[..., tuple[int, str, str]]
 SIZE = 10_000
 
 
@@ -50,18 +49,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Said:
-    """A command line, run in this process: exit code, output, errors."""
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main(["checkpoints", *argv])
-        out, err = capsys.readouterr()
-        assert isinstance(left.value.code, int)
-        return left.value.code, out, err
-
-    return run
+def said(said: Said) -> Said:
+    """`hpcresume checkpoints`, run in this process: exit code, output, errors."""
+    return lambda *argv: said("checkpoints", *argv)
 
 
 def put(

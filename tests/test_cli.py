@@ -9,13 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from made_run import (
     STATES,
     FakeSlurm,
+    Said,
     add_link,
     complete,
     end_link,
@@ -24,14 +24,12 @@ from made_run import (
 )
 from oracle import ENVIRON
 
-from hpcresume import cli
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.job import JobState
 from hpcresume.scheduler.local_queue import JobFiles, JobRecord
 from hpcresume.scheduler.process_table import ProcessId
 from hpcresume.story import this_process
 
-Said = Callable[..., tuple[int, str, str]]
 CONFIG = "name: toy\ntrain: toy.py:train\nmax_steps: 10\n"
 #: Runs a command line and says at the end, on standard error, whether torch was imported.
 PROBE = (
@@ -59,21 +57,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def runs(project: Path) -> Path:
     return project / "runs"
-
-
-@pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Said:
-    """A command line, run in this process: exit code, output, errors."""
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main(list(argv))
-        out, err = capsys.readouterr()
-        assert isinstance(left.value.code, int)
-        return left.value.code, out, err
-
-    return run
 
 
 def child(

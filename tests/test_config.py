@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -299,6 +300,20 @@ def test_unreadable_file_is_refused(tmp_path: Path) -> None:
     loop.symlink_to(loop)
     with pytest.raises(ConfigError, match=r"loop\.yaml: cannot be read"):
         config.load(loop, environ=NOTHING)
+
+
+def test_trouble_of_the_disk_is_not_blamed_on_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("max_steps: 1\n")
+
+    def refuses(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(Path, "open", refuses)
+    with pytest.raises(OSError, match="Stale file handle"):
+        config.load(path, environ=NOTHING)
 
 
 def test_path_that_no_file_can_have_is_refused() -> None:

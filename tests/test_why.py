@@ -8,22 +8,29 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import STATES, FakeSlurm, add_link, complete, end_link, make_run, queue_job, training
+from made_run import (
+    STATES,
+    FakeSlurm,
+    Said,
+    add_link,
+    complete,
+    end_link,
+    make_run,
+    queue_job,
+    training,
+)
 from oracle import ENVIRON, hpcresume
 from slurm_cluster import SlurmCluster
 
-from hpcresume import cli, files
+from hpcresume import files
 from hpcresume.journal import Journal
 from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.scheduler.driver_file import only_driver
 from hpcresume.story import this_process, token_prefix
-
-Said = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -34,21 +41,6 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.delenv("HPCRESUME_RUNS", raising=False)
     return tmp_path / "runs"
-
-
-@pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Said:
-    """A command line, run in this process: exit code, output, errors."""
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main(list(argv))
-        out, err = capsys.readouterr()
-        assert isinstance(left.value.code, int)
-        return left.value.code, out, err
-
-    return run
 
 
 def told(said: Said, *argv: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,10 @@ def assignment(text: str) -> Layer:
     return layer
 
 
+#: What is wrong with a path, and not with the disk.
+_NO_FILE = frozenset({errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP})
+
+
 def _text(path: Path, source: str) -> str:
     try:
         with path.open("rb") as file:
@@ -100,6 +105,9 @@ def _text(path: Path, source: str) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{source}:{line}: not UTF-8 text; expected a YAML file.") from None
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_FILE:
+            # The disk's trouble, which passes, and not the file's.
+            raise
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{source}: cannot be read ({reason}); expected a YAML file.") from None
 
