@@ -200,18 +200,24 @@ class Store:
         return True
 
     def make_room(
-        self, lineage: Lineage, policy: retention.Policy, *, num_bytes: int, num_files: int
+        self,
+        lineage: Lineage,
+        policy: retention.Policy,
+        *,
+        num_bytes: int,
+        num_files: int,
+        limits: Sequence[disk.Room] = (),
     ) -> str | None:
         """Remove before a commit what the policy lets go after it, where the disk needs that.
 
-        As by `prune`, the newest is verified first. Returns why there is not enough room all the
-        same. Raises OSError.
+        `limits` are those besides the disk's own. As by `prune`, the newest is verified first.
+        Returns why there is not enough room all the same. Raises OSError.
         """
         found = self.committed(lineage)
         present = [each.manifest for each in found]
         going = retention.to_make_room(present, policy, pinned=self.run.pinned_steps())
         plan = disk.preflight(
-            [disk.room_of_disk(self.run.path)],
+            [disk.room_of_disk(self.run.path), *limits],
             needed_bytes=num_bytes,
             needed_files=num_files,
             candidates=disk.holdings(found, going),

@@ -61,11 +61,6 @@ class Clock:
         """Note the duration of something longer than a step; the longest of its kind counts."""
         self._busy[kind] = max(seconds, self._busy.get(kind, 0.0))
 
-    @property
-    def last_step_s(self) -> float:
-        """Duration of the latest step, in seconds."""
-        return self._steps[-1] if self._steps else 0.0
-
     def lead_s(self) -> float:
         """How long before the job's end the last save must begin."""
         if self._fixed_lead_s is not None:

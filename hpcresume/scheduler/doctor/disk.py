@@ -64,7 +64,7 @@ def _ask(root: Path, environ: Mapping[str, str]) -> FileFacts:
             free_inodes=space.f_favail if space.f_files else None,
             open_to_others=_is_open(base.stat().st_mode),
             scratch=_scratch_of(real, environ),
-            quotas=_quotas(real, environ),
+            quotas=ask_quotas(real, environ),
         )
         folder = private_folder(base)
     except (OSError, StopIteration) as error:
@@ -187,8 +187,11 @@ def _scratch_of(path: Path, environ: Mapping[str, str]) -> str:
     return next((part for part in path.parts if _SCRATCH.search(part.lower())), "")
 
 
-def _quotas(path: Path, environ: Mapping[str, str]) -> tuple[Quota, ...] | None:
-    """This user's limits on a path's file system; None where no program tells."""
+def ask_quotas(path: Path, environ: Mapping[str, str]) -> tuple[Quota, ...] | None:
+    """This user's limits on a path's file system; None where no program tells.
+
+    Raises Unavailable where the program does not answer.
+    """
     user = str(os.getuid())
     for argv in (
         ["lfs", "quota", "-q", "-u", user, str(path)],
