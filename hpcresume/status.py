@@ -94,9 +94,19 @@ def read_status(run: RunDir, jobs: Sequence[JobInfo] | None, note: str = "") -> 
         checkpoint_step=last.step if last else None,
         checkpoint_age_s=round(max(0.0, time.time() - last.manifest.created)) if last else None,
         checkpoint_verified=_verified(story, last),
-        why=" · ".join(part for part in (why, note) if part),
+        why=" · ".join(part for part in (why, _unsaved(story), note) if part),
         queued=[job.id for job in pending],
     )
+
+
+def _unsaved(story: Story) -> str:
+    """What the newest link tried to save last, and could not; empty where it could."""
+    newest = story.newest
+    failed = newest.last("save_failed") if newest is not None else None
+    saved = newest.last("saved") if newest is not None else None
+    if story.completed or failed is None or (saved is not None and saved["t"] > failed["t"]):
+        return ""
+    return f"step {failed['step']} could not be saved: {failed['reason']}"
 
 
 def _state(

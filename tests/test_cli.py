@@ -21,6 +21,7 @@ from made_run import (
     end_link,
     make_run,
     queue_job,
+    training,
 )
 from oracle import ENVIRON
 
@@ -206,6 +207,19 @@ def test_status_json_has_no_numbers_that_json_lacks(runs: Path, said: Said) -> N
     _, out, _ = said("status", "--json")
     (row,) = json.loads(out, parse_constant=pytest.fail)["runs"]
     assert (row["step"], row["loss"]) == (3, None)
+
+
+def test_a_save_that_failed_is_said_until_one_succeeds(runs: Path, said: Said) -> None:
+    run = make_run(runs)
+    link = run.claim_link({**this_process(), "job": None, "foreground": True, "num_tasks": 1})
+    with training(link) as journal:
+        journal.write("started", step=0, max_steps=10)
+        journal.write("save_failed", step=4, reason="No space left on device (/runs/toy)")
+        _, out, _ = said("status", "toy")
+        assert "toy: in the foreground · step 4 could not be saved: No space left" in out
+        journal.write("saved", step=6, epoch=0)
+        _, out, _ = said("status", "toy")
+        assert "could not be saved" not in out
 
 
 def test_a_run_whose_jobs_have_lost_their_driver_is_stalled(runs: Path, said: Said) -> None:
