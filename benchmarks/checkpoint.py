@@ -1,317 +1,192 @@
 """What a checkpoint costs, beside the least that it could cost, and beside other ways to save.
 
-    python benchmarks/checkpoint.py [--gib 1] [--pairs 9] [--peers]
+    python benchmarks/checkpoint.py [--gib 1] [--pairs 9] [--only stall,write] [--no-peers]
 
-Each figure is a ratio to a baseline that alternates with it in the same run: the median of all
-pairs and the quartiles. For one payload in 64 tensors and one in 20,000.
+A model and its AdamW with filled state, once in 64 tensors and once in 20,000. Each figure is a
+ratio to a baseline that alternates with it in the same run: the median of all pairs, the quartiles,
+and separately the first call. A figure whose bar is nearer than its noise is measured 25 times.
 
-    stall      how long training waits for a save, over one copy of the payload in memory
-    write      from there until it would survive a power loss: rate over raw write and fsync
-    step       a training step while a save is being written, over an idle one
-    restore    verified and in the live tensors, cold and warm: rate over a raw read
-    memory     the most that a save adds, beyond the payload
+    stall    how long training waits for a save, over one copy of the same bytes in memory
+    step     a training step while a save is being written, over an idle one; one compute thread
+    write    from the call until it would survive a power loss: rate over raw write and fsync
+    cold     restore, verified, into the live state: rate over a raw read, both from the disk
+    warm     the same from the page cache
+    memory   the most that a save or a restore adds to the live state
+    growth   the process's memory after 200 saves, over that after 5
+    frozen   where 95% of the bytes are not trained: what is written, and for how long
+    ranks    two ranks that write together: rate over one raw writer
 
-`--peers` adds torch.save, safetensors and torch.distributed.checkpoint.
+Other libraries stand indented below the figure that is like theirs. Needs seven times the payload
+in memory, and as much on the disk of --folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import platform
 import shutil
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
+from checkpoint_figures import figures, frozen
+from checkpoint_memory import growth, memory_of_restore, memory_of_saves
+from checkpoint_ranks import two_ranks
+from checkpoint_rows import (
+    FEWEST,
+    MARKDOWN_HEAD,
+    Row,
+    as_markdown,
+    as_text,
+)
 
-from hpcresume.checkpoint.contents import Contents
-from hpcresume.checkpoint.manifest import Committed
-from hpcresume.checkpoint.store import Store
-from hpcresume.journal import Lineage
-from hpcresume.run_dir import RunDir
-from hpcresume.training.saving import give_way
+FIGURES = ("stall", "step", "write", "cold", "warm", "memory", "growth", "frozen", "ranks")
+#: What all files of one payload take at most, in payloads.
+_DISK = 7
+#: A process for each part, so that nothing of one is left in the next one's memory. Forked before
+#: anything but torch is here: its threads are not begun yet.
+_FORK = multiprocessing.get_context("fork")
 
-PIECE = 8 << 20
-
-
-class State:
-    """A state of so many tensors of the same size."""
-
-    def __init__(self, count: int, size: int) -> None:
-        each = size // count // 4
-        generator = torch.Generator().manual_seed(1)
-        self.tensors = {
-            f"block.{number}.weight": torch.randn(each, generator=generator)
-            for number in range(count)
-        }
-        self.bytes = 4 * each * count
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The live tensors."""
-        return self.tensors
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Copy into the live tensors."""
-        for name, tensor in state.items():
-            self.tensors[name].copy_(tensor)
+Part = Callable[[Path], Iterator[Row]]
 
 
-class Bench:
-    """One payload, and a folder on the disk that is measured."""
-
-    def __init__(self, count: int, size: int, folder: Path) -> None:
-        self.state = State(count, size)
-        self.folder = folder
-        self.flat = torch.ones(self.state.bytes // 4)
-        self.target = torch.ones(self.state.bytes // 4)
-        self.contents = Contents()
-        self.contents.add("model", self.state)
-        self.run = RunDir(folder / "run")
-        self.run.create("", cluster="none", project=folder, versions={})
-        self.store = Store(self.run, self.run.identify()["id"])
-        self.thread = ThreadPoolExecutor(1, initializer=give_way)
-        self.step = 0
-
-    # ---- ours --------------------------------------------------------------------------------
-
-    def stage(self) -> Any:
-        """What training waits for."""
-        return self.contents.stage({}, [], {})
-
-    def commit(self, staged: Any) -> Committed:
-        """What the thread does."""
-        self.step += 1
-        committed = self.store.commit(
-            staged.write,
-            step=self.step,
-            epoch=0,
-            link=1,
-            parent=None,
-            metric=None,
-            lineage=Lineage(),
-            fence=lambda: None,
-        )
-        for step in self.run.checkpoint_steps():
-            if step < self.step:
-                shutil.rmtree(self.run.checkpoint(step))
-        return committed
-
-    def save(self) -> float:
-        """A whole save, to its commit."""
-        return timed(lambda: self.thread.submit(self.commit, self.stage()).result())
-
-    def restore(self) -> float:
-        """A verified checkpoint into the live tensors."""
-
-        def load() -> None:
-            found = self.store.latest_verified(Lineage(), lambda step, reason: None)
-            assert found is not None
-            self.contents.restore("model", found, found.json("state.json"))
-
-        return timed(load)
-
-    # ---- the least that it could take ------------------------------------------------------------
-
-    def copy(self) -> float:
-        """One copy of the payload into memory that is there."""
-        return timed(lambda: self.target.copy_(self.flat))
-
-    def raw_write(self) -> float:
-        """Write and fsync, nothing else."""
-        view = memoryview(self.flat.numpy()).cast("B")
-        path = self.folder / "raw"
-
-        def write() -> None:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            for start in range(0, view.nbytes, PIECE):
-                os.write(fd, view[start : start + PIECE])
-            os.fsync(fd)
-            os.close(fd)
-
-        path.unlink(missing_ok=True)
-        return timed(write)
-
-    def raw_read(self) -> float:
-        """Read a file of the payload's size into memory that is there."""
-        view = memoryview(self.target.numpy()).cast("B")
-
-        def read() -> None:
-            with open(self.folder / "raw", "rb", buffering=0) as file:
-                for start in range(0, view.nbytes, PIECE):
-                    file.readinto(view[start : start + PIECE])
-
-        return timed(read)
-
-    def forget(self) -> None:
-        """Take the files out of the page cache."""
-        for path in self.folder.rglob("*"):
-            if path.is_file():
-                fd = os.open(path, os.O_RDONLY)
-                os.fsync(fd)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(fd)
-
-    def steps(self, seconds: float | None, until: Callable[[], bool]) -> float:
-        """Seconds of a training step: products of matrices, on one thread."""
-        left = torch.randn(512, 512)
-        durations = []
-        began = time.perf_counter()
-        while not until() and (seconds is None or time.perf_counter() - began < seconds):
-            durations.append(timed(lambda: left @ left))
-        return statistics.fmean(durations)
+def parts(options: argparse.Namespace) -> Iterator[list[Part]]:
+    """What is measured one after the other; the parts of a list on the same folder."""
+    size, pairs, wanted = int(options.gib * 2**30), options.pairs, options.only
+    few = options.tensors[0]
+    for tensors in options.tensors:
+        if {"stall", "step", "write", "cold", "warm"} & wanted:
+            yield [partial(figures, wanted, tensors, size, pairs, options.peers)]
+        if "memory" in wanted:
+            yield [
+                partial(memory_of_saves, tensors, size),
+                partial(memory_of_restore, tensors, size),
+            ]
+        if "frozen" in wanted:
+            yield [partial(frozen, tensors, size, pairs)]
+    if "growth" in wanted:
+        yield [partial(growth, few, size, options.saves)]
+    if "ranks" in wanted:
+        yield [partial(two_ranks, few, size, pairs)]
 
 
-def timed(what: Callable[[], Any]) -> float:
-    """Seconds that a call takes."""
-    began = time.perf_counter()
-    what()
-    return time.perf_counter() - began
+def in_child(part: Part, folder: Path) -> Iterator[Row]:
+    """The rows of a part, as they come. Raises SystemExit where its process fails."""
+    receiving, sending = _FORK.Pipe(duplex=False)
+    child = _FORK.Process(target=_send_rows, args=(part, folder, sending))
+    child.start()
+    sending.close()
+    with suppress(EOFError):
+        while True:
+            yield receiving.recv()
+    child.join()
+    if child.exitcode:
+        raise SystemExit("A part of the benchmark failed; its error stands above.")
 
 
-def report(name: str, ratios: list[float], baseline_s: float, first: float | None = None) -> None:
-    """One line: median and quartiles of a ratio."""
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    begun = "" if first is None else f"; first call {first:.2f}"
-    spread = f"{low:.2f} to {high:.2f}; baseline {baseline_s:.3f} s{begun}"
-    print(f"  {name:<42} {middle:6.2f}  ({spread})", flush=True)
+def _send_rows(part: Part, folder: Path, sending: Connection) -> None:
+    for row in part(folder):
+        sending.send(row)
 
 
-def pairs(
-    name: str,
-    count: int,
-    ours: Callable[[], float],
-    baseline: Callable[[], float],
-    *,
-    rate: bool = False,
-) -> None:
-    """Measure in turn, and report time over time, or with `rate` rate over rate."""
-    first = (ours(), baseline())
-    measured = [(ours(), baseline()) if n % 2 else (baseline(), ours())[::-1] for n in range(count)]
-    ratios = [(b / a if rate else a / b) for a, b in measured]
-    begun = first[1] / first[0] if rate else first[0] / first[1]
-    report(name, ratios, statistics.median(b for _, b in measured), begun)
+def machine(folder: Path) -> str:
+    """What the figures depend on, without names of hosts."""
+    processor = _value(Path("/proc/cpuinfo"), "model name") or platform.machine()
+    memory = int((_value(Path("/proc/meminfo"), "MemTotal") or "0").split()[0]) / 2**20
+    facts = [
+        processor,
+        f"{len(os.sched_getaffinity(0))} cores",
+        f"{memory:.0f} GiB memory",
+        f"{_file_system(folder)} on the disk",
+        f"Linux {platform.release()}",
+        f"Python {platform.python_version()}",
+        f"torch {torch.__version__}",
+        f"load {os.getloadavg()[0]:.1f}",
+        time.strftime("%Y-%m-%d"),
+    ]
+    return "; ".join(facts)
 
 
-def measure(bench: Bench, count: int) -> None:
-    """All figures of one payload."""
-    pairs("stall / copy in memory", count, lambda: timed(bench.stage), bench.copy)
-    pairs("durable write rate / raw write+fsync", count, bench.save, bench.raw_write, rate=True)
-    bench.restore()
+def _value(path: Path, key: str) -> str | None:
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return None
 
-    def cold(what: Callable[[], float]) -> float:
-        bench.forget()
-        return what()
 
-    pairs(
-        "verified restore rate / raw read, cold",
-        count,
-        lambda: cold(bench.restore),
-        lambda: cold(bench.raw_read),
-        rate=True,
+def _file_system(folder: Path) -> str:
+    """The type of the file system that a folder lies on: ext4, nfs4, lustre."""
+    device = os.stat(folder).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, kind = line.partition(" - ")
+        if mount.split()[2] == number:
+            return kind.split()[0]
+    return "unknown file system"
+
+
+def arguments() -> argparse.Namespace:
+    """What was asked for."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n", 1)[0],
+        epilog="figures: " + ", ".join(FIGURES),
     )
-    pairs("verified restore rate / readinto, warm", count, bench.restore, bench.raw_read, rate=True)
-
-    def busy() -> float:
-        writing = bench.thread.submit(bench.commit, bench.stage())
-        return bench.steps(None, writing.done)
-
-    pairs("step while writing / idle step", count, busy, lambda: bench.steps(0.5, lambda: False))
-
-
-def resident(name: str) -> int:
-    """A line of this process's status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
-
-
-def memory(size: int, folder: Path) -> None:
-    """Peak memory that saves add, in a process of its own."""
-    child = os.fork()
-    if child == 0:
-        bench = Bench(64, size, folder)
-        bench.flat = bench.target = torch.ones(1)
-        # From here on the peak counts anew.
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS")
-        for _ in range(3):
-            bench.save()
-        added = resident("VmHWM") - before
-        print(
-            f"  {'memory that a save adds / payload':<42} {added / bench.state.bytes:6.2f}  "
-            f"({(added - bench.state.bytes) / 2**20:+.0f} MiB beyond the payload)",
-            flush=True,
-        )
-        os._exit(0)
-    os.waitpid(child, 0)
-
-
-def peers(bench: Bench) -> Iterator[tuple[str, Callable[[], Any], Callable[[], float]]]:
-    """Other ways to save and to load: name, the call, its baseline."""
-    import torch.distributed.checkpoint as dcp
-    from safetensors.torch import save_file
-
-    path = bench.folder / "peer"
-
-    def fsynced(save: Callable[[], Any]) -> Callable[[], Any]:
-        def call() -> None:
-            path.unlink(missing_ok=True)
-            save()
-            fd = os.open(path, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
-
-        return call
-
-    tensors = bench.state.tensors
-    yield "torch.save + fsync", fsynced(lambda: torch.save(tensors, path)), bench.raw_write
-    yield (
-        "safetensors.save_file + fsync",
-        fsynced(lambda: save_file(tensors, path)),
-        bench.raw_write,
-    )
-    folder = bench.folder / "dcp"
-    saved = {"model": tensors}
-
-    def save() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        dcp.save(saved, checkpoint_id=folder, no_dist=True)
-
-    yield "dcp.save", save, bench.raw_write
-    yield (
-        "dcp.load, warm",
-        lambda: dcp.load(saved, checkpoint_id=folder, no_dist=True),
-        bench.raw_read,
-    )
+    add = parser.add_argument
+    add("--gib", type=float, default=1.0, help="size of the payload")
+    add("--tensors", default="64,20000", help="in how many tensors; several payloads")
+    add("--pairs", type=int, default=FEWEST, help=f"of a figure; below {FEWEST} it is but a look")
+    add("--saves", type=int, default=200, help="over which memory is not to grow")
+    add("--only", default=",".join(FIGURES), help="some figures, with commas")
+    add("--peers", action=argparse.BooleanOptionalAction, default=True)
+    add("--markdown", action="store_true", help="print a table for docs/performance.md")
+    add("--folder", type=Path, default=Path("."), help="on the disk that is measured")
+    options = parser.parse_args()
+    options.only = set(options.only.split(","))
+    options.tensors = [int(count) for count in options.tensors.split(",")]
+    unknown = sorted(options.only - set(FIGURES))
+    needed, free = _DISK * options.gib, shutil.disk_usage(options.folder).free / 2**30
+    if unknown:
+        parser.error(f"no such figure: {', '.join(unknown)}; there are {', '.join(FIGURES)}")
+    if options.pairs < 2 or options.saves < 5:
+        parser.error("at least 2 pairs and 5 saves are needed")
+    if min(options.tensors) < 32:
+        parser.error("at least 32 tensors are needed")
+    if free < needed:
+        parser.error(f"{needed:.0f} GiB are needed in {options.folder}, {free:.0f} are free")
+    return options
 
 
 def main() -> None:
-    """Measure on the disk of --folder."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--gib", type=float, default=1.0)
-    parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--peers", action="store_true")
-    parser.add_argument("--folder", type=Path, default=Path("."))
-    options = parser.parse_args()
+    """Measure, and print each row as soon as it is known, or all of them as a table."""
+    options = arguments()
     torch.set_num_threads(1)
-    size = int(options.gib * 2**30)
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        memory(size, Path(name))
-    for count in (64, 20_000):
-        print(f"{options.gib:g} GiB in {count:,} tensors", flush=True)
-        with tempfile.TemporaryDirectory(dir=options.folder) as name:
-            bench = Bench(count, size, Path(name))
-            measure(bench, options.pairs)
-            if options.peers:
-                for peer, call, baseline in peers(bench):
-                    pairs(f"{peer}: rate / raw", 3, lambda: timed(call), baseline, rate=True)  # noqa: B023
-            bench.thread.shutdown()
+    lines = sys.stderr if options.markdown else sys.stdout
+    began = time.perf_counter()
+    head = f"{options.gib:g} GiB; {machine(options.folder)}"
+    print(head, file=lines, flush=True)
+    if options.pairs < FEWEST:
+        print(f"fewer than {FEWEST} pairs: a look, and no measurement", file=lines)
+    rows = []
+    for group in parts(options):
+        with tempfile.TemporaryDirectory(dir=options.folder, prefix="benchmark-") as name:
+            for part in group:
+                for row in in_child(part, Path(name)):
+                    print(f"{row.tensors:>6,} tensors  {as_text(row)}", file=lines, flush=True)
+                    rows.append(row)
+    print(f"{(time.perf_counter() - began) / 60:.1f} minutes", file=lines)
+    if options.markdown:
+        rows.sort(key=lambda row: (FIGURES.index(row.figure), row.tensors))
+        print("\n".join([head, "", MARKDOWN_HEAD, *map(as_markdown, rows)]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
