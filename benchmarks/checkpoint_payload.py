@@ -88,7 +88,9 @@ class Training:
 
 
 def _blocks(count: int, size_bytes: int, trained: bool) -> list[Block]:
+    # As the sizes of layers are: multiples of sixteen, where there is room for it.
     each = max(1, size_bytes // 4 // max(1, count))
+    each -= each % 16 if each > 16 else 0
     return [Block(min(4, count - begin), each, trained) for begin in range(0, count, 4)]
 
 

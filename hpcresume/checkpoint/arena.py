@@ -7,6 +7,8 @@ slower than most disks: each of its pages must be made first.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,28 +42,35 @@ class Arena:
         self._shares: list[slice] = []
 
     def stage(
-        self, contents: Mapping[str, Mapping[str, torch.Tensor]], metadata: Mapping[str, str]
+        self,
+        contents: Mapping[str, Mapping[str, torch.Tensor]],
+        metadata: Mapping[str, str],
+        more: Mapping[str, Mapping[str, str]] | None = None,
     ) -> list[Image]:
         """Copy tensors, by file and name, into images of safetensors files.
 
-        They hold until the next call. Raises CheckpointError for what safetensors cannot hold.
+        `metadata` goes into each of them, `more` into some. They hold until the next call. Raises
+        CheckpointError for what safetensors cannot hold.
         """
         found = [tensor for tensors in contents.values() for tensor in tensors.values()]
-        layout = [
+        layout: list[Any] = [
             [(file, *tensors) for file, tensors in contents.items()],
             [tensor.dtype for tensor in found],
             [tensor.shape for tensor in found],
+            {file: {**metadata, **(more or {}).get(file, {})} for file in contents},
         ]
         if layout != self._layout:
-            self._lay_out(contents, metadata)
+            self._lay_out(contents, layout[-1])
             self._layout = layout
         copying.copy(self._targets, [found[place] for place in self._order], self._shares)
         return self._images
 
     def _lay_out(
-        self, contents: Mapping[str, Mapping[str, torch.Tensor]], metadata: Mapping[str, str]
+        self,
+        contents: Mapping[str, Mapping[str, torch.Tensor]],
+        metadata: Mapping[str, Mapping[str, str]],
     ) -> None:
-        heads = {file: writer.header(tensors, metadata) for file, tensors in contents.items()}
+        heads = {file: writer.header(own, metadata[file]) for file, own in contents.items()}
         sizes = {
             file: len(heads[file]) + sum(t.numel() * t.element_size() for t in tensors.values())
             for file, tensors in contents.items()
@@ -92,4 +101,7 @@ class Arena:
         if self._memory is None or not size <= len(self._memory) <= 2 * max(size, _PAGE):
             self._memory = None
             self._memory = memory(max(size, _PAGE))
+            with contextlib.suppress(AttributeError, OSError):
+                # A forked child (a loader's worker) would make the next save copy each page.
+                self._memory.obj.madvise(mmap.MADV_DONTFORK)  # type: ignore[attr-defined]
         return self._memory

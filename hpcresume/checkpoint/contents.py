@@ -6,24 +6,29 @@ JSON value to `<name>.json`; a tokenizer writes its own files.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import re
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcresume import files
-from hpcresume.checkpoint import layout, reader, rng, writer
+from hpcresume.checkpoint import layout, parts, reader, rng, sharded, writer
 from hpcresume.checkpoint.arena import Arena
-from hpcresume.checkpoint.images import Images
+from hpcresume.checkpoint.images import Images, in_parts
 from hpcresume.checkpoint.layout import Layout
-from hpcresume.checkpoint.manifest import Committed
+from hpcresume.checkpoint.manifest import Committed, FileEntry
 from hpcresume.checkpoint.outline import Leaves, Outline
+from hpcresume.checkpoint.parts import Saved
+from hpcresume.checkpoint.reader import Held
+from hpcresume.checkpoint.sharded import Part
 from hpcresume.checkpoint.staged import STATE, Staged
 from hpcresume.checkpoint.tensors import (
     extra_states,
@@ -35,11 +40,26 @@ from hpcresume.checkpoint.tensors import (
 )
 from hpcresume.errors import CheckpointError, UsageError
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 RNG = "rng.json"
 _RESERVED = frozenset({"state", "rng", "manifest", "trainer_state", "training_args"})
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,60}")
 #: What a file of buffers that no state dict holds is called after the module's name.
 _BUFFERS = ".buffers"
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without looks for garbage: of tens of thousands of small objects that are made, all stay."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 class Contents:
@@ -96,6 +116,7 @@ class Contents:
                 total += sum(t.numel() * t.element_size() for t in tensors)
         return total
 
+    @_uncollected()
     def stage(
         self,
         progress: Mapping[str, Any],
@@ -107,6 +128,7 @@ class Contents:
         `states` are the random states of all ranks, `more` further JSON files by name.
         """
         tensors: dict[str, Mapping[str, torch.Tensor]] = {}
+        metadata: dict[str, Mapping[str, str]] = {}
         written = {RNG: files.to_json(list(states))}
         objects: dict[str, Callable[[], bytes]] = {}
         as_made: dict[str, tuple[str, ...]] = {}
@@ -116,6 +138,7 @@ class Contents:
                 laid, found, objects[name] = self._laid_out(name, value)
                 still |= laid.still
                 tensors |= _by_file(laid.names_of(0), found)
+                metadata |= dict.fromkeys(laid.names_of(0), laid.metadata)
                 if len(laid.files) > 1:
                     written[layout.index_file(name)] = layout.index(laid, found)
                 fleeting = _fleeting_of(name, value)
@@ -146,7 +169,7 @@ class Contents:
                 written |= own
         partners = {rank for laid in self._layouts.values() for rank in laid.ranks.values()}
         return Staged(
-            self._arena.stage(tensors, reader.METADATA),
+            self._arena.stage(tensors, reader.METADATA, metadata),
             written,
             partial(_state_text, files.to_json(rest).rstrip(), objects),
             still=frozenset(still),
@@ -154,20 +177,34 @@ class Contents:
             partners=tuple(sorted(partners)),
         )
 
+    @_uncollected()
     def stage_share(self) -> Staged:
         """What this rank, which is not rank 0, writes of the save that rank 0 stages now."""
         if not self._is_alike:
             self._is_alike = {name: bool(self._alike(name)) for name in self._objects}
         tensors: dict[str, Mapping[str, torch.Tensor]] = {}
+        metadata: dict[str, Mapping[str, str]] = {}
         for name, value in self._objects.items():
-            if _is_stateful(value) and self._is_alike[name]:
+            if self._is_alike[name] or self._is_sharded(name):
                 laid, found, _ = self._laid_out(name, value)
                 tensors |= _by_file(laid.names_of(self._rank), found)
-        return Staged(self._arena.stage(tensors, reader.METADATA), {}, None)
+                metadata |= dict.fromkeys(laid.names_of(self._rank), laid.metadata)
+        return Staged(self._arena.stage(tensors, reader.METADATA, metadata), {}, None)
 
     def is_divided(self) -> bool:
-        """Whether there is anything that several ranks may write together."""
-        return any(self._alike(name) for name in self._objects)
+        """Whether there is anything that several ranks write together."""
+        several = self._world_size > 1
+        return several and any(self._alike(n) or self._is_sharded(n) for n in self._objects)
+
+    def _is_sharded(self, name: str) -> bool:
+        """Whether an object has tensors, or will have, that lie in parts on several ranks."""
+        value = self._objects[name]
+        if not sharded.may_be():
+            return False
+        if isinstance(value, torch.optim.Optimizer):
+            # Its own state may come into being later.
+            return any(map(sharded.is_sharded, _params(value)))
+        return _is_stateful(value) and bool(Leaves(_state(name, value)).spread)
 
     def _alike(self, name: str) -> Collection[int]:
         """The parameters of an object, by identity, that torch itself keeps alike on all ranks.
@@ -179,8 +216,8 @@ class Contents:
             return ()
         value = self._objects[name]
         modules = [each for each in self._objects.values() if isinstance(each, torch.nn.Module)]
-        parts = [part for module in modules for part in module.modules()]
-        wrapped = [part for part in parts if isinstance(part, DistributedDataParallel)]
+        inner = [part for module in modules for part in module.modules()]
+        wrapped = [part for part in inner if isinstance(part, DistributedDataParallel)]
         kept = {id(param) for part in wrapped for param in part.parameters()}
         if isinstance(value, torch.nn.Module):
             return kept
@@ -188,7 +225,7 @@ class Contents:
         if not (plain and isinstance(value, torch.optim.Optimizer)):
             # Others may keep a part of their state on each rank, as ZeroRedundancyOptimizer does.
             return ()
-        params = {id(param) for group in value.param_groups for param in group["params"]}
+        params = set(map(id, _params(value)))
         return () if params - kept else params
 
     def _laid_out(
@@ -200,14 +237,24 @@ class Contents:
         laid, numbers = self._layouts.get(name), leaves.numbers
         if laid is None or not laid.outline.fits(leaves):
             outline = Outline(state, leaves, name)
-            tensors, alike = outline.tensors(leaves), self._alike(name)
-            # Not the buffers of a module: each rank has its own running statistics.
-            whole = bool(alike) and not isinstance(value, torch.nn.Module)
-            keys = {key for key, tensor in tensors.items() if whole or id(tensor) in alike}
-            laid = layout.lay_out(name, outline, tensors, keys, self._world_size)
+            laid = self._lay_out(name, value, outline, outline.tensors(leaves))
             self._layouts[name], numbers = laid, outline.numbers
         return laid, laid.outline.tensors(leaves), partial(laid.text, numbers)
 
+    def _lay_out(
+        self, name: str, value: Any, outline: Outline, tensors: Mapping[str, torch.Tensor]
+    ) -> Layout:
+        if outline.parts:
+            if isinstance(value, torch.optim.Optimizer):
+                _check_parts(name, value, outline.parts)
+            return layout.lay_out_parts(name, outline, self._rank, self._world_size)
+        alike = self._alike(name)
+        # Not the buffers of a module: each rank has its own running statistics.
+        whole = bool(alike) and not isinstance(value, torch.nn.Module)
+        keys = {key for key, tensor in tensors.items() if whole or id(tensor) in alike}
+        return layout.lay_out(name, outline, tensors, keys, self._world_size)
+
+    @_uncollected()
     def restore(self, name: str, images: Images, state: Mapping[str, Any]) -> list[str]:
         """Load one object from a checkpoint's files; returns sentences about what differs.
 
@@ -224,10 +271,15 @@ class Contents:
                     f"{', '.join(sorted(state['objects'])) or 'nothing'}): register what the run "
                     f"was begun with, or begin a new run."
                 )
-            found = {
-                file: reader.tensors_in(images.take(file))
-                for file in layout.files_of(name, images.names())
-            }
+            # This rank's own first: of ranks that train apart, each has its own of the same part.
+            ranks = {entry.name: entry.rank for entry in committed.manifest.files}
+            own = sorted(
+                layout.files_of(name, images.names()), key=lambda file: ranks[file] != self._rank
+            )
+            if self._is_sharded(name) or in_parts(images.names()) & {*own}:
+                found = parts.held_in(images, own, name, partial(_live_like, name, value, saved))
+            else:
+                found = [reader.held_in(file, images.take(file)) for file in own]
             _load(name, value, found, saved)
             _load_buffers(name, value, images)
             live = split(_state(name, value), name)
@@ -262,16 +314,33 @@ class Contents:
         return [f"{changed}; the checkpoint's values are used"]
 
     def model_files(self, committed: Committed) -> list[str]:
-        """The files that make up the finished model: weights, configs, tokenizer."""
+        """The files that make up the finished model, as they are: weights, configs, tokenizer."""
         names = [entry.name for entry in committed.manifest.files]
-        modules = [n for n, v in self._objects.items() if isinstance(v, torch.nn.Module)]
-        weights = ["model"] if "model" in modules else modules
-        other = {STATE, RNG, "trainer_state.json", "training_args.json"}
+        other = {STATE, RNG, "trainer_state.json", "training_args.json", *in_parts(names)}
         for name in self._objects:
             other.add(f"{name}{_BUFFERS}.safetensors")
-            if name not in weights:
+            if name not in self._weights():
                 other |= {*layout.files_of(name, names), layout.index_file(name)}
         return [name for name in names if name not in other]
+
+    def assemble(self, committed: Committed, directory: Path) -> list[FileEntry]:
+        """Write those weights of the finished model that the checkpoint holds in parts, as wholes.
+
+        Raises OSError, CheckpointError.
+        """
+        names = [entry.name for entry in committed.manifest.files]
+        entries = []
+        for name in self._weights():
+            own = [file for file in layout.files_of(name, names) if file in in_parts(names)]
+            if own:
+                target = directory / f"{name}.safetensors"
+                entries.append(parts.write_whole(committed, own, target))
+        return entries
+
+    def _weights(self) -> list[str]:
+        """What a finished model keeps of the registered modules."""
+        modules = [n for n, v in self._objects.items() if isinstance(v, torch.nn.Module)]
+        return ["model"] if "model" in modules else modules
 
 
 def _by_file(
@@ -316,7 +385,7 @@ def _load_buffers(name: str, value: Any, images: Images) -> None:
     if file not in images.names():
         return
     places = fleeting_buffers(value, name)
-    for key, saved in reader.clones(reader.tensors_in(images.take(file))).items():
+    for key, saved in reader.clones(reader.held_in(file, images.take(file)).tensors).items():
         if key not in places:
             raise CheckpointError(f"'{name}' has no buffer '{key}', which the checkpoint holds.")
         part, buffer = places[key]
@@ -329,13 +398,48 @@ def _load_buffers(name: str, value: Any, images: Images) -> None:
             setattr(part, buffer, saved.to(live.device))
 
 
-def _load(
-    name: str,
-    value: Any,
-    found: Mapping[str, Mapping[str, torch.Tensor]],
-    saved: Mapping[str, Any],
-) -> None:
-    tensors = {key: tensor for file in found.values() for key, tensor in file.items()}
+def _params(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _check_parts(name: str, optimizer: torch.optim.Optimizer, held: Mapping[str, Part]) -> None:
+    """Raise CheckpointError where the state of a parameter lies otherwise than the parameter."""
+    params = _params(optimizer)
+    for key, part in held.items():
+        param = params[int(key.split(".")[1])]
+        if not sharded.is_sharded(param) or sharded.part_of(param) != part:
+            raise CheckpointError(
+                f"'{name}' keeps '{key}' on other ranks than the parameter that it belongs to, "
+                f"where it would not be found again: choose an optimizer whose state has the "
+                f"shapes of the parameters."
+            )
+
+
+def _live_like(
+    name: str, value: Any, saved: Mapping[str, Any], tensors: Mapping[str, Saved]
+) -> Mapping[str, DTensor]:
+    """By name of a saved tensor, the live one which lies on several ranks as it is to lie.
+
+    That is itself, or the parameter of an optimizer that the state belongs to.
+    """
+    if not isinstance(value, torch.optim.Optimizer):
+        return split(_state(name, value), name).spread
+    numbers = [n for group in saved["tree"]["param_groups"] for n in group["params"]]
+    params = dict(zip(map(str, numbers), _params(value), strict=False))
+    # Where no tensor was split, one of the parameter's shape is to be.
+    never = not any(tensor.is_split for tensor in tensors.values())
+    found = {}
+    for key, tensor in tensors.items():
+        param = params.get(key.split(".")[1]) if key.startswith("state.") else None
+        if param is None or not sharded.is_sharded(param):
+            continue
+        if tensor.is_split or (never and tensor.shape == tuple(param.shape)):
+            found[key] = param
+    return found
+
+
+def _load(name: str, value: Any, found: Sequence[Held], saved: Mapping[str, Any]) -> None:
+    tensors = {key: tensor for held in found for key, tensor in held.tensors.items()}
     aliases = saved["aliases"]
     if isinstance(value, torch.nn.Module):
         extra = extra_states(value, name)
@@ -345,13 +449,18 @@ def _load(
             for key, tensor in full.items()
             if not any(key == e or key.startswith(f"{e}.") for e in extra)
         }
-        reader.copy_into(plain_state(value, name), named, name)
+        live = {k: sharded.local(t) for k, t in plain_state(value, name).items()}
+        reader.copy_into(live, named, name)
         for key, part in extra.items():
             copies = reader.clones({k: t for k, t in tensors.items() if k.startswith(key)})
             part.set_extra_state(join(saved["tree"][key], copies, aliases))
         return
-    # Copies: the files' own memory is not aligned as that of other tensors, and goes.
-    state = join(saved["tree"], reader.clones(tensors), aliases)
+    own: dict[str, torch.Tensor] = {}
+    for held in found:
+        # Against the digests of a whole file it shows what has arrived, else against this memory.
+        own |= (reader.kept if held.is_whole else reader.clones)(held.tensors)
+        own |= {key: sharded.like(live, own[key]) for key, live in held.like.items()}
+    state = join(saved["tree"], own, aliases)
     value.load_state_dict(state)
     if isinstance(value, torch.optim.Optimizer):
         reader.keep_dtypes(value, state)

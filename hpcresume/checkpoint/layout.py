@@ -2,7 +2,8 @@
 
 One file, or several with Hugging Face's names: what is not trained lies in a file of its own, which
 is the same from save to save and need not be written each time; and what all ranks hold alike may
-be divided among them, so that each writes a share.
+be divided among them, so that each writes a share. Where each rank holds a part of the tensors, it
+writes that.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 
 from hpcresume import files
+from hpcresume.checkpoint import sharded
+from hpcresume.checkpoint.images import INDEX
 from hpcresume.checkpoint.outline import Outline
 
 _FILE = re.compile(r"(?P<object>\w+)(-\d{5}-of-\d{5})?\.safetensors")
@@ -35,6 +38,8 @@ class Layout:
     """Files of what is not trained."""
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Who writes a file, where it is not rank 0."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What this rank's file says of the parts that it holds; empty where there are only wholes."""
 
     def names_of(self, rank: int) -> dict[str, list[str]]:
         """The names in each file that a rank writes."""
@@ -74,13 +79,34 @@ def lay_out(
         names = [f"{name}.safetensors"] * len(groups)
     else:
         total = len(groups)
-        names = [f"{name}-{n + 1:05d}-of-{total:05d}.safetensors" for n in range(total)]
+        names = [_numbered(name, n, total) for n in range(total)]
     return Layout(
         outline,
         {file: keys for file, (_, keys) in zip(names, groups, strict=True)},
         still=frozenset(names[-1:] if still else ()),
         ranks={file: rank for file, (rank, _) in zip(names, groups, strict=True) if rank},
     )
+
+
+def lay_out_parts(name: str, outline: Outline, rank: int, world_size: int) -> Layout:
+    """The layout of an object of which each rank holds parts: a file of each, also of a replica.
+
+    Rank 0's has besides what lies on no other rank. Only the names in this rank's own are known.
+    """
+    parts, own = outline.parts, _numbered(name, rank, world_size)
+    ranks = {_numbered(name, other, world_size): other for other in range(1, world_size)}
+    here = [key for key in parts if key not in outline.replicas]
+    keys = [*here, *(key for key in outline.names if key not in parts and rank == 0)]
+    return Layout(
+        outline,
+        {own: keys},
+        ranks=ranks,
+        metadata=sharded.metadata({key: parts[key] for key in here}),
+    )
+
+
+def _numbered(name: str, number: int, total: int) -> str:
+    return f"{name}-{number + 1:05d}-of-{total:05d}.safetensors"
 
 
 def _divide(keys: Sequence[str], sizes: Mapping[str, int], parts: int) -> list[list[str]]:
@@ -96,7 +122,7 @@ def _divide(keys: Sequence[str], sizes: Mapping[str, int], parts: int) -> list[l
 
 def index_file(name: str) -> str:
     """The name of the file that says which tensor is in which file, where there are several."""
-    return f"{name}.safetensors.index.json"
+    return f"{name}{INDEX}"
 
 
 def index(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> bytes:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hpcresume import files
+from hpcresume.checkpoint import sharded
 from hpcresume.checkpoint.tensors import is_scalar, split
 
 #: Stands for a number while the text around it is made.
@@ -26,11 +27,19 @@ class Leaves:
 
     def __init__(self, state: Any) -> None:
         self.tensors: list[torch.Tensor] = []
+        """Of what lies on several ranks, this rank's part."""
         self.numbers: list[Any] = []
         """All that is neither a tensor nor holds others."""
         self.marks: list[Any] = []
         """Types, keys and places: equal for two states that differ in tensors and numbers alone."""
         self._gather(state)
+        self.spread: list[tuple[int, Any]] = []
+        """Which of the tensors lie on several ranks, and how."""
+        for place, tensor in enumerate(self.tensors if sharded.may_be() else ()):
+            if sharded.is_sharded(tensor):
+                look = tensor.device_mesh, tensor.placements, tensor.shape
+                self.spread.append((place, look))
+                self.tensors[place] = sharded.local(tensor)
 
     def _gather(self, value: Any) -> None:
         if isinstance(value, torch.Tensor):
@@ -67,11 +76,17 @@ class Outline:
         """By name, the tensor that holds the same memory."""
         self.names = list(whole.tensors)
         """Of the tensors, each memory once."""
+        spread = {name: whole.spread[name] for name in self.names if name in whole.spread}
+        self.parts = {name: sharded.part_of(tensor) for name, tensor in spread.items()}
+        """What this rank holds of tensors that lie on several ranks, by name."""
+        self.replicas = {name for name, tensor in spread.items() if not sharded.is_first(tensor)}
+        """Of which of these another rank writes the part."""
         self.numbers: list[Any] = []
         """Of the state that it was made from, as JSON values."""
         places = {name: place for place, name in enumerate(whole.order)}
         self._places = [places[name] for name in self.names]
         self._marks = leaves.marks
+        self._spread = leaves.spread
         self._looks = _looks(leaves)
         self._shared = _shared(leaves)
         self._shared_looks = self._look_at_shared(leaves)
@@ -88,6 +103,7 @@ class Outline:
         """
         return (
             self._marks == leaves.marks
+            and self._spread == leaves.spread
             and self._looks == _looks(leaves)
             and self._shared_looks == self._look_at_shared(leaves)
             and all(map(is_scalar, leaves.numbers))

@@ -6,36 +6,62 @@ missed key or a stale reference is an error that names the tensor, never a sligh
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hpcresume.checkpoint import copying, writer
+from hpcresume.checkpoint.images import Images, head_of
 from hpcresume.checkpoint.manifest import Committed
 from hpcresume.checkpoint.tensors import Split
 from hpcresume.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 #: transformers wants to know for which framework a file was written.
 METADATA = {"format": "pt"}
 
 
-def tensors_in(image: memoryview) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class Held:
+    """Tensors in the memory of a checkpoint's file, or put together from several."""
+
+    file: str
+    """Empty where they are put together."""
+    tensors: dict[str, torch.Tensor]
+    metadata: Mapping[str, str]
+    is_whole: bool = True
+    """Whether these are all tensors of the file."""
+    like: Mapping[str, DTensor] = field(default_factory=dict)
+    """Live tensors as which some are to lie on several ranks; these are this rank's parts, then."""
+
+
+def held_in(file: str, image: memoryview) -> Held:
     """The tensors of a safetensors file, in the memory of its bytes."""
-    length = int.from_bytes(image[:8], "little")
+    head, begin = head_of(image)
+    metadata = head.pop("__metadata__", {})
     found = {}
-    for name, entry in json.loads(bytes(image[8 : 8 + length])).items():
-        if name == "__metadata__":
-            continue
+    for name, entry in head.items():
         dtype, (start, end) = writer.TYPES[entry["dtype"]], entry["data_offsets"]
         if start == end:
             found[name] = torch.empty(entry["shape"], dtype=dtype)
             continue
-        count, offset = (end - start) // dtype.itemsize, 8 + length + start
+        count, offset = (end - start) // dtype.itemsize, begin + start
         flat = torch.frombuffer(image, dtype=dtype, count=count, offset=offset)
         found[name] = flat.view(entry["shape"])
-    return found
+    return Held(file, found, metadata)
+
+
+def kept(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors for good: in the file's memory where they lie aligned as any other, else copies.
+
+    How a tensor is aligned may decide which of its kernels a library takes, and so the last bit.
+    """
+    odd = {n: t for n, t in tensors.items() if t.data_ptr() % writer.LINE_BYTES}
+    return {**tensors, **clones(odd)}
 
 
 def clones(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -93,36 +119,38 @@ def keep_dtypes(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> N
 
 
 def check_arrived(
-    committed: Committed,
-    name: str,
-    live: Split,
-    tree: Any,
-    saved: Mapping[str, Mapping[str, torch.Tensor]],
+    committed: Committed, name: str, live: Split, tree: Any, saved: Sequence[Held]
 ) -> None:
     """Raise CheckpointError unless a live state is byte for byte what the checkpoint holds.
 
-    `tree` is the JSON half in the checkpoint, `saved` are the tensors of each of its files.
+    `tree` is the JSON half in the checkpoint, `saved` are the tensors.
     """
     if not same_tree(live.tree, tree):
         raise CheckpointError(
             f"'{name}' did not take over what checkpoint-{committed.step} holds: "
             f"{_first_difference(tree, live.tree, name)}."
         )
-    held = {key for tensors in saved.values() for key in tensors}
-    if held == live.tensors.keys() and all(
-        writer.digests({key: live.tensors[key] for key in tensors}, METADATA)
-        == committed.manifest.entry(file).chunks
-        for file, tensors in saved.items()
-    ):
-        return
-    there = {key: tensor for tensors in saved.values() for key, tensor in tensors.items()}
-    for key in sorted(live.tensors.keys() | held):
-        if key not in live.tensors or key not in there or not _same(live.tensors[key], there[key]):
+    left = dict(live.tensors)
+    for held in saved:
+        here = {key: left.pop(key) for key in held.tensors if key in left}
+        tensors = held.tensors
+        if held.is_whole and len(here) == len(tensors):
+            digests = writer.digests(here, held.metadata)
+            if digests == committed.manifest.entry(held.file).chunks:
+                continue
+            # What is live may lie in the file's own memory: only the disk tells what has changed.
+            tensors = held_in(held.file, Images(committed).take(held.file)).tensors
+        other = {k: t for k, t in tensors.items() if k not in here or not _same(here[k], t)}
+        if held.is_whole and not other:
             raise CheckpointError(
-                f"'{name}': tensor '{key}' is not what checkpoint-{committed.step} holds after "
-                f"loading it."
+                f"'{name}' is laid out differently from {held.file} of checkpoint-{committed.step}."
             )
-    raise CheckpointError(f"'{name}' is laid out differently from checkpoint-{committed.step}.")
+        left |= other
+    for key in sorted(left):
+        raise CheckpointError(
+            f"'{name}': tensor '{key}' is not what checkpoint-{committed.step} holds after "
+            f"loading it."
+        )
 
 
 def _same(here: torch.Tensor, there: torch.Tensor) -> bool:

@@ -55,9 +55,14 @@ class Staged:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes on the disk, nearly: the tree of a state is small beside its tensors."""
+        """What it takes on the disk, nearly.
+
+        The tree of a state is small beside its tensors, and the ranks' shares are about the same.
+        """
         content = [image.content for image in self.images if image.name not in self.links]
-        return sum(map(len, content)) + sum(map(len, self.others.values()))
+        return sum(map(len, content)) * (1 + len(self.partners)) + sum(
+            map(len, self.others.values())
+        )
 
     @property
     def num_files(self) -> int:

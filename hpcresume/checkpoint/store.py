@@ -225,11 +225,17 @@ class Store:
         self._remove_all(plan.remove, found)
         return plan.refusal
 
-    def finish(self, last: Committed, names: Sequence[str]) -> None:
+    def finish(
+        self,
+        last: Committed,
+        names: Sequence[str],
+        write: Callable[[Path], Sequence[FileEntry]] = lambda directory: (),
+    ) -> None:
         """Make `final_model/` of some files of a checkpoint, verified while they are copied.
 
-        It stands on its own: every checkpoint may be deleted afterwards. Raises OSError, or
-        CheckpointError where a file is no longer what was committed.
+        `write` writes there what is made of others, as in `commit`. It stands on its own: every
+        checkpoint may be deleted afterwards. Raises OSError, or CheckpointError where a file is no
+        longer what was committed.
         """
         partial = self.run.partial(f"final_model.{last.manifest.link:04d}")
         partial.mkdir(mode=0o700)
@@ -241,6 +247,7 @@ class Store:
                     copy.parent.mkdir(mode=0o700, exist_ok=True)
                 _copy_verified(last.path / entry.name, copy, entry)
                 files.fsync_dir(copy.parent)
+            entries += write(partial)
             content = dataclasses.replace(last.manifest, files=tuple(entries))
             files.write_new(partial / manifests.NAME, content.to_bytes())
             files.fsync_dir(partial)

@@ -10,12 +10,16 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from hpcresume.checkpoint import sharded
 from hpcresume.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 #: What wrappers (torch.compile, DDP, FSDP) put into names, at any depth.
 _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module"})
@@ -29,27 +33,37 @@ class Split:
 
     tree: Any
     tensors: dict[str, torch.Tensor]
+    """Of what lies on several ranks, this rank's part."""
     aliases: dict[str, str]
     order: tuple[str, ...] = ()
     """All names, aliases among them, in the order of the tree."""
+    spread: Mapping[str, DTensor] = field(default_factory=dict)
+    """What lies on several ranks, as it is in the state."""
 
 
 def split(state: Any, what: str) -> Split:
     """Take the tensors out of a state; `what` names it in errors."""
-    tensors: dict[str, torch.Tensor] = {}
-    tree = _strip(state, "", what, tensors)
-    order = tuple(tensors)
+    found: dict[str, torch.Tensor] = {}
+    tree = _strip(state, "", what, found)
+    spread = {name: tensor for name, tensor in found.items() if sharded.is_sharded(tensor)}
+    tensors = {name: _plain_tensor(tensor, name, what) for name, tensor in found.items()}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     for name in sorted(tensors):
         tensor = tensors[name]
-        if tensor.numel() == 0:
+        identity: tuple[Any, ...]
+        if name in spread:
+            # Alike on all ranks, also where this one holds none of its elements.
+            identity = (id(spread[name]),)
+        elif tensor.numel() == 0:
             continue
-        identity = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        else:
+            look = tensor.shape, tensor.stride(), tensor.dtype
+            identity = (tensor.device, tensor.data_ptr(), *look)
         if first.setdefault(identity, name) != name:
             aliases[name] = first[identity]
             del tensors[name]
-    return Split(tree, tensors, aliases, order)
+    return Split(tree, tensors, aliases, tuple(found), spread)
 
 
 def _strip(value: Any, path: str, what: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -57,7 +71,7 @@ def _strip(value: Any, path: str, what: str, tensors: dict[str, torch.Tensor]) -
         name = path or what
         if name in tensors:
             raise CheckpointError(f"The state of '{what}' has two tensors named '{name}'.")
-        tensors[name] = _plain_tensor(value.detach(), name, what)
+        tensors[name] = value
         return {"$tensor": name}
     if is_scalar(value):
         return value
@@ -91,20 +105,22 @@ def is_scalar(value: Any) -> bool:
 
 
 def _plain_tensor(tensor: torch.Tensor, name: str, what: str) -> torch.Tensor:
-    """A tensor whose elements lie in memory of its own. Raises CheckpointError for any other."""
-    kind = ""
-    if tensor.is_meta:
+    """A tensor, or its part, with memory of its own. Raises CheckpointError where it has none."""
+    own, kind = sharded.local(tensor).detach(), ""
+    if own.is_meta:
         kind = "on the meta device"
-    elif tensor.layout is not torch.strided:
-        kind = f"stored as {str(tensor.layout).removeprefix('torch.')}"
-    elif tensor.numel() and not tensor.data_ptr():
-        kind = f"a {type(tensor).__name__}, whose elements lie in other tensors"
+    elif own.layout is not torch.strided:
+        kind = f"stored as {str(own.layout).removeprefix('torch.')}"
+    elif own.numel() and not own.data_ptr():
+        kind = f"a {type(own).__name__}, whose elements lie in other tensors"
+    elif sharded.is_sharded(tensor):
+        kind = sharded.obstacle(tensor)
     if kind:
         raise CheckpointError(
             f"The state of '{what}' holds the tensor '{name}', which is {kind}: it cannot be saved "
             f"as it is."
         )
-    return tensor
+    return own
 
 
 def _join(path: str, key: Any) -> str:

@@ -6,7 +6,7 @@ import bisect
 import ctypes
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import torch
 import xxhash
 
 from hpcresume import files
-from hpcresume.checkpoint.manifest import CHUNK_BYTES, FileEntry, digest_of
+from hpcresume.checkpoint.manifest import CHUNK_BYTES, ChunkHasher, FileEntry
 from hpcresume.errors import CheckpointError
 
+#: What a processor reads at once; torch's memory begins at a multiple of it.
+LINE_BYTES = 64
 _MOST_THREADS = 4
 #: The names of safetensors' own specification.
 _DTYPES = {
@@ -42,12 +44,21 @@ TYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 def layout(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names in the order of the file: wide types first, so that each tensor lies aligned."""
-    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    """Names in the order of the file, in which each tensor lies aligned.
+
+    First those of whole processor lines, which thereby begin at one, as torch's own memory does;
+    then the others, wide types first.
+    """
+
+    def place(name: str) -> tuple[bool, int, str]:
+        width = tensors[name].element_size()
+        return bool(tensors[name].numel() * width % LINE_BYTES), -width, name
+
+    return sorted(tensors, key=place)
 
 
 def header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The head of a safetensors file: length, then JSON padded with spaces to 8 bytes."""
+    """The head of a safetensors file: length, then JSON padded with spaces to a whole line."""
     content: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name in layout(tensors):
@@ -64,7 +75,7 @@ def header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
         }
         offset = end
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % LINE_BYTES)
     return len(text).to_bytes(8, "little") + text
 
 
@@ -100,7 +111,7 @@ def digests(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
 
 
 def _hash(hasher: xxhash.xxh3_128, piece: bytes | torch.Tensor, first: int, last: int) -> None:
-    """Hash some bytes of a piece. They end where an element ends: wide types come first."""
+    """Hash some bytes of a piece. They end where an element ends, by the order of the file."""
     if isinstance(piece, bytes):
         hasher.update(piece[first:last])
         return
@@ -108,22 +119,32 @@ def _hash(hasher: xxhash.xxh3_128, piece: bytes | torch.Tensor, first: int, last
     whole = first == 0 and last >= piece.numel() * width
     if not (whole and piece.is_cpu and piece.is_contiguous()):
         piece = piece.reshape(-1)[first // width : last // width].to("cpu").contiguous()
-    # The view does not own the memory; `piece` does, and lives until it is hashed.
-    address = (ctypes.c_char * (piece.numel() * width)).from_address(piece.data_ptr())
-    hasher.update(memoryview(address))
+    hasher.update(bytes_of(piece))
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU; it is the tensor's, and goes with it."""
+    size = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr()))
 
 
 def write_file(path: Path, content: bytes | memoryview) -> FileEntry:
     """Write and fsync a file, hashed on the way. Raises OSError."""
-    view = memoryview(content).cast("B")
-    chunks = []
+    return write_pieces(path, [content])
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:
+    """The same for a content that comes in pieces, one after the other."""
+    hasher = ChunkHasher()
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        for start in range(0, view.nbytes, CHUNK_BYTES):
-            chunk = view[start : start + CHUNK_BYTES]
-            chunks.append(digest_of(chunk))
-            files.write_all(fd, chunk)
+        for piece in pieces:
+            view = memoryview(piece).cast("B")
+            for start in range(0, view.nbytes, CHUNK_BYTES):
+                chunk = view[start : start + CHUNK_BYTES]
+                hasher.update(chunk)
+                files.write_all(fd, chunk)
         os.fsync(fd)
     finally:
         os.close(fd)
-    return FileEntry(name=path.name, bytes=view.nbytes, chunks=tuple(chunks))
+    return FileEntry(name=path.name, bytes=hasher.bytes, chunks=hasher.chunks())

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from hpcresume import files
-from hpcresume.checkpoint import images
 from hpcresume.checkpoint.cadence import (
     PRIOR_MTBF_S,
     UNMEASURED_S,
@@ -45,6 +44,7 @@ from hpcresume.journal import (
 from hpcresume.scheduler.environment import node_names
 from hpcresume.training.berth import Berth
 from hpcresume.training.record import MetricLog
+from hpcresume.training.room import Quotas
 from hpcresume.training.shares import Shares
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=give_way)
         self._writing: Future[None] | None = None
         self._shares: Shares | None = None
+        self._quotas = Quotas(berth.run.path)
         self.saved_at = time.monotonic()
         self.images = self._find()
         self.committed: Committed | None = None
@@ -111,7 +112,8 @@ class Saver:
         step = berth.ranks.broadcast(None if found is None else found.committed.step)
         if step is None or found is not None:
             return found
-        return images.read(read_committed(berth.run.checkpoint(step), berth.lineage))
+        # This rank may need only a part of it.
+        return Images(read_committed(berth.run.checkpoint(step), berth.lineage))
 
     def begun(self) -> None:
         """All is restored: the memory of what was read is given back."""
@@ -215,6 +217,11 @@ class Saver:
             "training_args.json": self._berth.config.args,
         }
         staged = self._contents.stage(progress, rng, more)
+        if staged.partners and self._shares is None:
+            raise CheckpointError(
+                "Tensors of what is registered lie in parts on several ranks, and did not when "
+                "session.steps began: shard them before that."
+            )
         self.saved_at = time.monotonic()
         self._stalls.append(self.saved_at - began)
         record = {**record, "stall": round(self._stalls[-1], 4)}
@@ -279,12 +286,13 @@ class Saver:
         self.auto_s = self._interval_s(record["step_s"])
 
     def _make_room(self, staged: Staged, step: int) -> None:
-        """A forecast: where it is wrong (a quota, other people's files), the write itself tells."""
+        """A forecast: where it is wrong (other people's files), the write itself tells."""
         refusal = self._store.make_room(
             self._lineage,
             self._policy,
             num_bytes=staged.size_bytes,
             num_files=staged.num_files + 2,
+            limits=self._quotas.rooms(),
         )
         if refusal is not None:
             log.warning("step %d may find no room: %s", step, refusal)
@@ -337,7 +345,11 @@ class Saver:
         """Make the finished model of the newest checkpoint. Raises OSError, CheckpointError."""
         assert self.committed is not None
         self.fence()
-        self._store.finish(self.committed, self._contents.model_files(self.committed))
+        self._store.finish(
+            self.committed,
+            self._contents.model_files(self.committed),
+            partial(self._contents.assemble, self.committed),
+        )
 
     def tidy(self) -> None:
         """Remove what a complete run need not keep."""

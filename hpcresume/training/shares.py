@@ -92,12 +92,14 @@ class Shares:
         place = self._wait_for([f"{number}", f"{number}/closed"])
         if not place:
             return
-        told: object
+        told: object = "it failed"
         try:
             told = [{**asdict(entry), "rank": self._rank} for entry in own(Path(place.decode()))]
         except OSError as error:
             told = f"{error.strerror or error} ({error.filename or place.decode()})"
-        self._store.set(f"{number}/{self._rank}", json.dumps(told))
+        finally:
+            # Whatever happened: rank 0 waits for a word.
+            self._store.set(f"{number}/{self._rank}", json.dumps(told))
 
     def _wait_for(self, keys: Sequence[str]) -> bytes | None:
         """The value of the first of the keys that is there; None where none comes."""
