@@ -87,11 +87,18 @@ def past_link(story: Story, link: LinkRecords, job: JobInfo | None) -> PastLink:
         failure=evidence.failure,
         who=story.cancelled or (job.cancelled_by if job is not None else ""),
         detail=detail,
-        seconds=max(times) - min(times),
+        seconds=_lasted(job, times),
         nodes=failed_nodes(link) if cause in NODE_CAUSES else (),
         num_nodes=num_nodes,
         ended_at=max(times),
     )
+
+
+def _lasted(job: JobInfo | None, times: Sequence[float]) -> float:
+    """Seconds: as the scheduler tells; else between records, whose clock may have jumped."""
+    if job is not None and job.start_time is not None and job.end_time is not None:
+        return max(0.0, job.end_time - job.start_time)
+    return max(times) - min(times)
 
 
 def budgets_of(config: RunConfig) -> Budgets:

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from hpcresume.scheduler import step
 from hpcresume.scheduler.choice import scheduler_of
 from hpcresume.scheduler.environment import Allocation, allocation
 from hpcresume.scheduler.job import JobInfo, JobState, Scheduler
+from hpcresume.scheduler.job_end import JobEnd
 from hpcresume.signals import SignalFlags, listen
 from hpcresume.story import (
     Story,
@@ -46,11 +47,31 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 0.05
 _REREAD_END_S = 20.0
+_REREAD_FENCE_S = 5.0
+#: An end that moves by less is not told again, in seconds.
+_SAME_END_S = 0.5
 _PATIENCE_S = 60.0
 _LAST_WORDS_S = 3.0
 #: How long ranks that hang may take to print their stacks, and to die.
 _STACKS_S = 2.0
 _KILLED_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """All that a supervisor meets besides the files of its run; a simulation hands in its own."""
+
+    scheduler_of: Callable[..., Scheduler] = scheduler_of
+    start: Callable[..., step.Step] = step.start
+    listen: Callable[[], contextlib.AbstractContextManager[SignalFlags]] = listen
+    journal: Callable[..., Journal] = Journal
+    now: Callable[[], float] = time.time
+    monotonic: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    chance: Callable[[], float] = random.random
+
+
+_REAL = Surroundings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,26 +117,29 @@ def exiting_link(run: Path) -> Link:
     return Link(run, exits=True)
 
 
-def supervise(run: RunDir, environ: Mapping[str, str]) -> LinkOutcome:
+def supervise(run: RunDir, environ: Mapping[str, str], around: Surroundings = _REAL) -> LinkOutcome:
     """One link of a run, in the current process. Raises RunLive where another link is alive."""
     run.check_private()
     config = read_frozen(run.config)
-    supervisor = _Supervisor(run, config, environ)
-    with listen() as flags, logging_to(run.train_log, level=config.log.level):
+    supervisor = _Supervisor(run, config, environ, around)
+    with around.listen() as flags, logging_to(run.train_log, level=config.log.level):
         return supervisor.run_link(flags)
 
 
 class _Supervisor:
     """One link's supervisor; the methods follow each other in the order of the module's text."""
 
-    def __init__(self, run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, run: RunDir, config: RunConfig, environ: Mapping[str, str], around: Surroundings
+    ) -> None:
         self.run = run
         self.config = config
+        self.around = around
         self.environ = environ
         self.job: Allocation = allocation(environ)
         self.scheduler: Scheduler | None = None
         if self.job.scheduler != "none":
-            self.scheduler = scheduler_of(
+            self.scheduler = around.scheduler_of(
                 run, self.job.scheduler, environ, config.scheduler, exiting_link
             )
         self.successors = Successors(run, config, self.scheduler, self.job.job_id)
@@ -123,22 +147,26 @@ class _Supervisor:
         self.journal: Journal | None = None
         self.past: list[LinkRecords] = []
         self.lead_s = 0.0
-        self.end_time: float | None = self.job.end_time
+        self.end = JobEnd(self.job.end_time, now=around.now, monotonic=around.monotonic)
+        self.published_end: float | None = None
+        self.compared = False
         self.stop_reason: str | None = None
 
     # ---- the whole ----------------------------------------------------------------------
 
     def run_link(self, flags: SignalFlags) -> LinkOutcome:
-        story = read_story(self.run)
-        self.past = story.links
-        over = self._already_over(story)
-        if over is not None:
-            log.info("nothing to do: %s", over.reason)
-            self.successors.drop()
-            return self._outcome(over, None, 0)
-        history = self._history(story)
-        before = self._decision_before(story, history)
-        link = self._claim()
+        link = None
+        while link is None:
+            story = read_story(self.run)
+            self.past = story.links
+            over = self._already_over(story)
+            if over is not None:
+                log.info("nothing to do: %s", over.reason)
+                self.successors.drop()
+                return self._outcome(over, None, 0)
+            history = self._history(story)
+            before = self._decision_before(story, history)
+            link = self._claim(story)
         assert self.journal is not None
         avoided = self._nodes_to_avoid(story, history, before)
         self.lead_s = lead_s(self.config, self.past)
@@ -151,7 +179,7 @@ class _Supervisor:
         spare = self.successors.has_spare(story)
         if not spare:
             self.successors.queue_ahead()
-        began = time.monotonic()
+        began = self.around.monotonic()
         ranks = self._start(link, history)
         try:
             if spare:
@@ -159,7 +187,7 @@ class _Supervisor:
             code = self._watch(ranks, link, flags)
         finally:
             ranks.kill()
-        return self._finish(link, code, flags, time.monotonic() - began)
+        return self._finish(link, code, flags, self.around.monotonic() - began)
 
     # ---- 1: what became of the links before ----------------------------------------------
 
@@ -184,7 +212,7 @@ class _Supervisor:
     def _patiently(self, link: LinkRecords) -> JobInfo | None:
         """The scheduler's word on a link's job, once it is final; at most a minute of patience."""
         job = str(link.claim.get("job") or "")
-        began = time.monotonic()
+        began = self.around.monotonic()
         while True:
             info = self._ask(job)
             where = alive_elsewhere(link, info, self.job.job_id)
@@ -198,9 +226,9 @@ class _Supervisor:
             if job == self.job.job_id:
                 # The scheduler started this very job again: its earlier life is over.
                 return replace(info, state=JobState.REQUEUED) if info is not None else None
-            if time.monotonic() - began > _PATIENCE_S:
+            if self.around.monotonic() - began > _PATIENCE_S:
                 return None
-            time.sleep(0.5)
+            self.around.sleep(0.5)
 
     def _ask(self, job: str) -> JobInfo | None:
         if not job or self.scheduler is None:
@@ -219,12 +247,13 @@ class _Supervisor:
         lost = self.successors.cancelled_one(story)
         if lost is not None:
             return lost
-        if not history or story.decided() is not None:
+        newest = story.newest
+        if not history or newest is None or newest.last("decided") is not None:
             return None
         return self._decide(history)
 
     def _decide(self, history: Sequence[PastLink]) -> Decision:
-        now, chance = time.time(), random.random()
+        now, chance = self.around.now(), self.around.chance()
         return chain.decide(history, self.budgets, now=now, chance=chance)
 
     def _nodes_to_avoid(
@@ -233,11 +262,19 @@ class _Supervisor:
         """For the jobs that this link queues: a node is remembered longer than a submission."""
         older = [past for past in past_links(story, {}, after=0) if past.number <= story.after_link]
         fresh = before.exclude_nodes if before is not None else ()
-        return [*fresh, *chain.bad_nodes([*older, *history], time.time())]
+        return [*fresh, *chain.bad_nodes([*older, *history], self.around.now())]
 
     # ---- 2: the claim ---------------------------------------------------------------------
 
-    def _claim(self) -> LinkDir:
+    def _claim(self, story: Story) -> LinkDir | None:
+        """The next number; None where other links have begun since the story was read.
+
+        The scheduler's answer may have taken a minute, and its host may have been lost for hours:
+        what is known is old then. Raises RunLive where one began at this very moment.
+        """
+        newest = story.newest.number if story.newest is not None else 0
+        if self.run.newest_link() != newest:
+            return None
         num_tasks = self.job.num_tasks if self.job.scheduler == "slurm" else None
         wanted = self.config.scheduler.nodes * self.config.scheduler.tasks_per_node
         self.num_tasks = num_tasks or wanted
@@ -248,10 +285,15 @@ class _Supervisor:
             "nodes": self.job.node_list,
             "num_nodes": self.job.num_nodes,
             "num_tasks": self.num_tasks,
-            "t": round(time.time(), 3),
+            "t": round(self.around.now(), 3),
         }
         link = self.run.claim_link(claim)
-        self.journal = Journal(link.journal, link=link.number, job=self.job.job_id)
+        if link.number != newest + 1:
+            raise RunLive(
+                f"Another link of {self.run.name} began at the same moment; this one leaves. "
+                f"`hpcresume status` shows the run."
+            )
+        self.journal = self.around.journal(link.journal, link=link.number, job=self.job.job_id)
         self.journal.write("claimed", host=claim["host"], nodes=self.job.node_list)
         log.info(
             "link %d of %s on %s%s",
@@ -283,7 +325,7 @@ class _Supervisor:
         """Wait as decided, where the link before could not tell the queue."""
         if decision is not None and decision.delay_s:
             log.info("waiting %d s: %s", decision.delay_s, decision.reason)
-            time.sleep(decision.delay_s)
+            self.around.sleep(decision.delay_s)
 
     # ---- 3: the ranks ---------------------------------------------------------------------
 
@@ -304,12 +346,12 @@ class _Supervisor:
             environ["HPCRESUME_JOB_ID"] = self.job.job_id
         if self.job.scheduler != "slurm":
             environ["HPCRESUME_SUPERVISOR"] = str(os.getpid())
-        if self.end_time is not None:
-            environ["HPCRESUME_DEADLINE"] = f"{self.end_time - self.lead_s:.1f}"
+        if self.published_end is not None:
+            environ["HPCRESUME_DEADLINE"] = f"{self.published_end - self.lead_s:.1f}"
         container = self.config.scheduler.container
         python = sys.executable if container is None else container.python
         argv = ["-m", "hpcresume", "rank", str(self.run.path), "--link", str(link.number)]
-        return step.start(
+        return self.around.start(
             self.job,
             self.config.scheduler,
             [python, *argv],
@@ -322,23 +364,27 @@ class _Supervisor:
     # ---- 4: watching ----------------------------------------------------------------------
 
     def _watch(self, ranks: step.Step, link: LinkDir, flags: SignalFlags) -> int:
-        read_at = 0.0
+        read_at = fence_read_at = 0.0
         hang_s = self.config.chain.hang_s
         dog = Watchdog(link.beat, self.num_tasks, fixed_s=hang_s) if hang_s != 0 else None
         while (code := ranks.poll()) is None:
-            now = time.monotonic()
-            if flags.take_hint() or now - read_at >= _REREAD_END_S:
+            now = self.around.monotonic()
+            hinted = flags.take_hint()
+            if hinted or now - read_at >= _REREAD_END_S:
                 read_at = now
                 if not self.stop_reason:
-                    self._reread_end(link)
-            self._look_for_stop(link, flags)
-            if self._fenced(link, now):
-                ranks.kill()
-                raise Fenced(f"A newer link than {link.number} has taken over; this one leaves.")
+                    self._reread_end()
+            self._publish_end(link)
+            self._look_for_stop(link, flags, hinted)
+            if now - fence_read_at >= _REREAD_FENCE_S:
+                fence_read_at = now
+                if self._fenced(link):
+                    ranks.kill()
+                    raise _overtaken(link)
             hang = dog.look(now) if dog is not None else None
             if hang is not None:
                 return self._end_hung(ranks, link, hang)
-            time.sleep(_TICK_S)
+            self.around.sleep(_TICK_S)
         return code
 
     def _end_hung(self, ranks: step.Step, link: LinkDir, hang: Hang) -> int:
@@ -367,55 +413,60 @@ class _Supervisor:
         # One that waits for a dead disk cannot even be killed; the end of the job sees to it.
         return 128 + signal.SIGKILL if code is None else code
 
-    _fence_looked_at = 0.0
-
-    def _fenced(self, link: LinkDir, now: float) -> bool:
-        if now - self._fence_looked_at < 5.0:
-            return False
-        self._fence_looked_at = now
+    def _fenced(self, link: LinkDir) -> bool:
         return self.run.newest_link() != link.number
 
-    def _look_for_stop(self, link: LinkDir, flags: SignalFlags) -> None:
+    def _look_for_stop(self, link: LinkDir, flags: SignalFlags, hinted: bool) -> None:
         if self.stop_reason is not None:
             return
         reason = flags.stop_asked()
         for path in (self.run.cancel, self.run.stop):
             if reason is None and path.exists():
                 reason = path.name
+        if reason is None and hinted and self.published_end is None:
+            reason = "warned by the scheduler, which does not tell when the job ends"
         if reason is not None:
             self.stop_reason = reason
             log.info("%s: the ranks are told to save and leave", reason)
             with contextlib.suppress(OSError):
                 files.write_durably(link.stop, f"{reason}\n".encode(), sync=False)
 
-    def _reread_end(self, link: LinkDir) -> None:
+    def _reread_end(self) -> None:
         """Ask when the job ends: its limit may have been changed."""
         if self.scheduler is None or self.job.job_id is None:
             return
         try:
-            end = self.scheduler.end_time(self.job.job_id)
+            if not self.compared:
+                self.end.compare(self.scheduler.state([self.job.job_id])[self.job.job_id])
+                self.compared = True
+            self.end.move(self.scheduler.end_time(self.job.job_id))
         except Unavailable as error:
             log.warning("%s", error)
-            return
-        if end is not None and end != self.end_time:
-            self.end_time = end
-            self._publish_end(link)
 
     def _publish_end(self, link: LinkDir) -> None:
+        """Tell the ranks by their own clock, and again when that has jumped."""
+        end, published = self.end.on_this_clock(), self.published_end
+        if end is None or (published is not None and abs(end - published) < _SAME_END_S):
+            return
+        self.published_end = end
         with contextlib.suppress(OSError):
-            files.write_json(link.deadline, {"end": self.end_time}, sync=False)
+            files.write_json(link.deadline, {"end": end}, sync=False)
 
     # ---- 5: what follows ------------------------------------------------------------------
 
     def _finish(self, link: LinkDir, code: int, flags: SignalFlags, seconds: float) -> LinkOutcome:
+        if self._fenced(link):
+            raise _overtaken(link)
         story = read_story(self.run)
         own = next(records for records in story.links if records.number == link.number)
         info = self._own_end(own, flags)
         evidence = gather(self.run, own, info, exit_code=code, user_stop=story.cancelled)
         cause, detail = chain.cause_of(evidence)
-        if cause is Cause.DEADLINE and self._was_killed(info, flags):
-            # The scheduler ends this job and does not say why: the next link will know.
-            log.info("the scheduler ends this job; saved, and the next link finds out why")
+        settled = cause in (Cause.COMPLETED, Cause.CANCELLED)
+        # A failure while the job is being ended may follow from that, and tells not why it is.
+        open_end = cause is Cause.DEADLINE or (evidence.failure is not None and not settled)
+        unsaid = open_end and self._was_killed(info, flags)
+        if unsaid and self._leave_to_next():
             return LinkOutcome(
                 cause=Cause.UNKNOWN.value,
                 step=story.committed_step(own),
@@ -432,7 +483,6 @@ class _Supervisor:
         )
         self._write_ended(past, exit_code=code)
         history = self._with_history(story, past)
-        settled = cause in (Cause.COMPLETED, Cause.CANCELLED)
         decision = None if settled else self.successors.cancelled_one(story)
         decision = decision or self._decide(history)
         if decision.kind == "continue":
@@ -446,17 +496,30 @@ class _Supervisor:
         """The scheduler's word on this job, where it is about to be ended from outside.
 
         sacct tells within a fraction of a second who or what ended a job, while scontrol and
-        squeue say COMPLETING only.
+        squeue say COMPLETING only. Where a node is lost the ranks end first, and without a word.
         """
-        if own.last("completed") or flags.stop_asked() is None or self.job.job_id is None:
+        asked = flags.stop_asked() is not None
+        told = any("how" in record for record in own.all("ended"))
+        if own.last("completed") or self.job.job_id is None or (told and not asked):
             return None
-        began = time.monotonic()
-        while time.monotonic() - began < _LAST_WORDS_S:
+        began = self.around.monotonic()
+        while self.around.monotonic() - began < _LAST_WORDS_S:
             info = self._ask(self.job.job_id)
             if info is not None and info.state.ended:
                 return info
-            time.sleep(0.2)
+            if not asked and (info is None or info.state is JobState.RUNNING):
+                return None
+            self.around.sleep(0.2)
         return None
+
+    def _leave_to_next(self) -> bool:
+        """Whether there is a next link that will find out why the scheduler ends this job."""
+        reason = "the scheduler ends this job and does not say why"
+        going = Decision(kind="continue", reason=reason, cause=Cause.UNKNOWN)
+        if self.successors.ensure_one(going).kind != "continue":
+            return False
+        log.info("%s; saved, and the next link finds out", reason)
+        return True
 
     def _was_killed(self, info: JobInfo | None, flags: SignalFlags) -> bool:
         return self.scheduler is not None and info is None and flags.stop_asked() is not None
@@ -487,6 +550,10 @@ class _Supervisor:
             decision=decision.kind,
             reason=decision.reason,
         )
+
+
+def _overtaken(link: LinkDir) -> Fenced:
+    return Fenced(f"A newer link than {link.number} has taken over; this one leaves.")
 
 
 def _free_port() -> int:

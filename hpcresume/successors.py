@@ -22,7 +22,7 @@ from hpcresume.scheduler.doctor.way import Way
 from hpcresume.scheduler.hardware import Hardware
 from hpcresume.scheduler.job import JobInfo, JobSpec, JobState, Scheduler
 from hpcresume.scheduler.slurm import SlurmScheduler
-from hpcresume.story import Story, find_jobs, token_prefix, user_name
+from hpcresume.story import Story, find_jobs, read_story, token_prefix, user_name
 from hpcresume.training.clock import lead_time
 from hpcresume.ways import way_of
 
@@ -157,15 +157,13 @@ class Successors:
 
     def has_spare(self, story: Story) -> bool:
         """Whether one is in the queue already, as the journals tell; nobody is asked."""
-        claimed = {str(link.claim.get("job")) for link in story.links} | {self._job_id}
-        return any(id not in claimed for id in self._queued_ids(story))
+        return bool(self._believed(story))
 
     def cancelled_one(self, story: Story) -> Decision | None:
         """A job of the run that its user cancelled before it began: the wish to end the chain."""
         if self._scheduler is None:
             return None
-        claimed = {str(link.claim.get("job")) for link in story.links} | {self._job_id}
-        missing = [id for id in self._queued_ids(story) if id not in claimed]
+        missing = self._unclaimed(story)
         if not missing:
             return None
         try:
@@ -180,16 +178,36 @@ class Successors:
                 return cancelled_waiting(info)
         return None
 
-    def _queued_ids(self, story: Story) -> list[str]:
-        records = [r for link in story.links for r in link.all("queued")]
-        newest = [r for r in story.submissions if r["kind"] == "submitted"][-1:]
-        since = float(newest[0]["t"]) if newest else 0.0
-        return [str(r["queued_job"]) for r in records if float(r["t"]) >= since] + self._submitted
+    def _unclaimed(self, story: Story) -> list[str]:
+        """The jobs that links since the last submission have queued, and that began none yet."""
+        claimed = {str(link.claim.get("job")) for link in story.links} | {self._job_id}
+        links = [link for link in story.links if link.number > story.after_link]
+        queued = [str(r["queued_job"]) for link in links for r in link.all("queued")]
+        return [id for id in dict.fromkeys([*queued, *self._submitted]) if id not in claimed]
+
+    def _believed(self, story: Story) -> list[str]:
+        """Those of them that should wait now, as the journals tell.
+
+        What a job that has begun waited for is over, although it may never have come to a claim.
+        """
+        begun = {str(link.claim.get("job")) for link in story.links} | {self._job_id}
+        queued = [record for link in story.links for record in link.all("queued")]
+        begun_ones = [record for record in queued if str(record["queued_job"]) in begun]
+        over = {str(id) for record in begun_ones for id in record.get("after", ())}
+        return [id for id in self._unclaimed(story) if id not in over]
 
     def _waiting(self) -> list[str]:
         assert self._scheduler is not None
         jobs = find_jobs(self._scheduler, self._run_id)
         return [j.id for j in jobs if j.state is JobState.PENDING and j.id != self._job_id]
+
+    def _waiting_or_believed(self) -> list[str]:
+        """Where the queue cannot be read, what the journals say must do."""
+        try:
+            return self._waiting()
+        except Unavailable as error:
+            log.warning("%s", error)
+            return self._believed(read_story(self._run))
 
     # ---- queueing ------------------------------------------------------------------------
 
@@ -198,7 +216,7 @@ class Successors:
         if self._scheduler is None or self._way.mode != "prequeue":
             return
         try:
-            waiting = self._waiting()
+            waiting = self._waiting_or_believed()
             while len(waiting) < self._way.ahead:
                 waiting.append(self._submit([self._job_id, *waiting]))
         except (Unavailable, SubmissionRejected) as error:
@@ -231,7 +249,12 @@ class Successors:
 
     def _keep_or_submit(self, decision: Decision) -> None:
         assert self._scheduler is not None
-        waiting = self._waiting()
+        try:
+            waiting = self._waiting()
+        except Unavailable as error:
+            log.warning("%s", error)
+            self._submit_unseen(decision)
+            return
         if not waiting:
             waiting = [self._submit([self._job_id], decision)]
         elif decision.delay_s or decision.exclude_nodes:
@@ -245,6 +268,21 @@ class Successors:
                 # It lives, and goes on as it was queued.
                 log.warning("%s", error)
         log.info("next: job %s", waiting[0])
+
+    def _submit_unseen(self, decision: Decision) -> None:
+        """Queue one more behind those that should be there, where nobody tells whether they are.
+
+        One too many leaves within seconds. Where none can be queued, those must do.
+        """
+        believed = self._believed(read_story(self._run))
+        try:
+            job = self._submit([self._job_id, *believed], decision)
+        except (SubmissionRejected, Unavailable) as error:
+            if not believed:
+                raise
+            log.warning("%s", error)
+            job = believed[0]
+        log.info("next: job %s", job)
 
     def _requeue(self, _decision: Decision) -> None:
         assert self._scheduler is not None

@@ -664,6 +664,11 @@ def test_same_exception_with_progress_between_goes_on() -> None:
     assert last_of([crash(), crash(committed=104)]).kind == "continue"
 
 
+def test_commits_below_the_step_are_no_progress_past_the_same_exception() -> None:
+    history = [crash(step=110, committed=104), crash(step=110, first=104, committed=109)]
+    assert last_of(history).rule == "same_exception"
+
+
 @pytest.mark.parametrize("other", [crash("bang"), crash(step=8)], ids=["message", "step"])
 def test_another_exception_or_step_goes_on(other: PastLink) -> None:
     assert last_of([crash(), other]).kind == "continue"

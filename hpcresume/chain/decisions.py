@@ -5,7 +5,7 @@ No disk, no clock, no chance, no scheduler: the time and a random number are pas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from hpcresume.chain.causes import CRASHES, MEMORY, NODE_CAUSES, PLANNED, Cause
@@ -141,7 +141,7 @@ def _same_exception(history: Sequence[PastLink], _: Budgets) -> _Found:
     failure = last.failure
     if failure is None or last.cause not in CRASHES - MEMORY:
         return None
-    for link in _since_progress(history):
+    for link in _since_past(history, failure.step):
         same = link.failure is not None and link.failure.signature == failure.signature
         if same and link.cause in CRASHES:
             return (
@@ -200,6 +200,20 @@ def _since_progress(history: Sequence[PastLink]) -> Sequence[PastLink]:
     """
     begin = len(history) - len(idle_links(history)) - 1
     return history[max(0, begin) : -1][::-1]
+
+
+def _since_past(history: Sequence[PastLink], step: int) -> Iterator[PastLink]:
+    """The links before the last one, back to the one that got past a step; newest first.
+
+    That one counts: it may have met the same after its last commit, at a step that is not known.
+    There are none where the last one got past the step itself. What was committed below the step,
+    by an emergency save, is no way past it.
+    """
+    for link in reversed(history):
+        if link is not history[-1]:
+            yield link
+        if link.progressed and link.committed_step >= step:
+            return
 
 
 def _too_many_crashes(history: Sequence[PastLink], budgets: Budgets) -> _Found:

@@ -24,6 +24,7 @@ _COMMANDS = {
     "drive": "control",
     "why": "why",
     "verify": "verify",
+    "rehearse": "rehearse",
     "checkpoints": "checkpoints",
     "doctor": "doctor",
     "link": "hidden",

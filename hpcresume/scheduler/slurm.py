@@ -304,8 +304,19 @@ class SlurmScheduler:
         if changes:
             self._control("update", f"JobId={id}", *changes)
         if requeue:
-            # A job that is pending again has what was wished for.
-            self._control("requeue", id, unless="pending execution")
+            self._requeue(id)
+
+    def _requeue(self, id: str) -> None:
+        # A job that is pending again has what was wished for.
+        pending = "pending execution"
+        try:
+            self._control("requeue", id, unless=pending)
+        except SubmissionRejected as refusal:
+            # Jobs that others follow are submitted with --no-requeue; who did may take it back.
+            if "disabled" not in str(refusal):
+                raise
+            self._control("update", f"JobId={id}", "Requeue=1")
+            self._control("requeue", id, unless=pending)
 
     def _enough_nodes(self, fields: Mapping[str, str], excluded: str) -> bool:
         """Whether a job's partitions have enough nodes without some; yes where that is unknown."""
