@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import links
@@ -16,6 +16,7 @@ from cuts import Cut
 
 from hpcresume import files
 from hpcresume.checkpoint import contents, reader, rng
+from hpcresume.checkpoint.images import Images
 from hpcresume.checkpoint.manifest import Committed
 from hpcresume.checkpoint.tensors import Split, plain_state
 from hpcresume.journal import Segment
@@ -61,7 +62,7 @@ def of_object(name: str, kind: str) -> LeaveOut:
 
 def _as_made(value: Any) -> Mapping[str, Any]:
     if isinstance(value, torch.nn.Module):
-        return {key: tensor.clone() for key, tensor in plain_state(value, "").items()}
+        return {key: t.detach().clone() for key, t in plain_state(value, "").items()}
     if isinstance(value, torch.optim.Optimizer):
         return {"param_groups": [dict(group) for group in value.param_groups]}
     return dict(value.state_dict())
@@ -70,7 +71,8 @@ def _as_made(value: Any) -> Mapping[str, Any]:
 def _forget(value: Any, kind: str, made: Mapping[str, Any]) -> None:
     found: Any
     if isinstance(value, torch.nn.Module):
-        found = {k: t for k, t in plain_state(value, "").items() if kind_of(k) == kind}
+        state = plain_state(value, "")
+        found = {k: t.detach() for k, t in state.items() if kind_of(k) == kind}
         for key, tensor in found.items():
             tensor.copy_(made[key])
     elif isinstance(value, torch.optim.Optimizer):
@@ -131,15 +133,15 @@ def buffer(kind: str) -> LeaveOut:
     """A buffer that no state dict holds stays as the code made it."""
 
     def leave_out(patch: pytest.MonkeyPatch) -> None:
-        read = reader.read_safetensors
+        held_in = reader.held_in
 
-        def read_without(path: Path) -> dict[str, torch.Tensor]:
-            tensors = read(path)
-            if path.name.endswith(f"{contents._BUFFERS}.safetensors"):
-                del tensors[kind]
-            return tensors
+        def held_without(file: str, image: memoryview) -> reader.Held:
+            held = held_in(file, image)
+            if file.endswith(f"{contents._BUFFERS}.safetensors"):
+                del held.tensors[kind]
+            return held
 
-        patch.setattr(reader, "read_safetensors", read_without)
+        patch.setattr(reader, "held_in", held_without)
 
     return leave_out
 
@@ -167,14 +169,13 @@ def of_state(key: str) -> LeaveOut:
     """A part of state.json is not saved."""
 
     def leave_out(patch: pytest.MonkeyPatch) -> None:
-        to_json = files.to_json
+        state_text = contents._state_text
 
-        def to_json_without(value: Any, *, indent: int | None = None) -> bytes:
-            if isinstance(value, dict) and {"progress", "objects"} <= value.keys():
-                value = {k: v for k, v in value.items() if k != key}
-            return to_json(value, indent=indent)
+        def text_without(*args: Any) -> bytes:
+            state = json.loads(state_text(*args))
+            return files.to_json({k: v for k, v in state.items() if k != key})
 
-        patch.setattr(files, "to_json", to_json_without)
+        patch.setattr(contents, "_state_text", text_without)
 
     return leave_out
 
@@ -299,13 +300,13 @@ def length_of_metrics(patch: pytest.MonkeyPatch) -> None:
 
 def states_of_ranks(patch: pytest.MonkeyPatch) -> None:
     """Every rank takes rank 0's random state."""
-    read = files.read_json
+    read = Images.json
 
-    def read_one(path: Path) -> Any:
-        content = read(path)
-        return [content[0]] * len(content) if path.name == contents.RNG else content
+    def read_one(self: Images, name: str) -> Any:
+        content = read(self, name)
+        return [content[0]] * len(content) if name == contents.RNG else content
 
-    patch.setattr(files, "read_json", read_one)
+    patch.setattr(Images, "json", read_one)
 
 
 def layout_of_buckets(patch: pytest.MonkeyPatch) -> None:
@@ -346,15 +347,15 @@ def guard(found: list[str], missed: list[str]) -> LeaveOut:
     def leave_out(patch: pytest.MonkeyPatch) -> None:
         check = reader.check_arrived
 
-        def look(committed: Committed, name: str, live: Split, tree: Any, metadata: Any) -> None:
+        def look(committed: Committed, name: str, live: Split, tree: Any, saved: Any) -> None:
             for part, without in _each_without(live):
                 try:
-                    check(committed, name, without, tree, metadata)
+                    check(committed, name, without, tree, saved)
                 except contents.CheckpointError as error:
                     (found if part in str(error) else missed).append(f"{name}.{part}")
                 else:
                     missed.append(f"{name}.{part}")
-            check(committed, name, live, tree, metadata)
+            check(committed, name, live, tree, saved)
 
         patch.setattr(reader, "check_arrived", look)
 

@@ -25,9 +25,9 @@ from cuts import Cut, after
 from leave_out import LeaveOut, kind_of, leaves, of_object, of_progress, of_rng
 from links import RankPool, link_here, make_run, run_chain, story
 from oracle import differing, fingerprint
+from safetensors.torch import load_file
 
 from hpcresume import files, session
-from hpcresume.checkpoint.reader import read_safetensors
 from hpcresume.journal import lineage, read_chain
 from hpcresume.run_dir import RunDir
 
@@ -266,8 +266,8 @@ RULES = [
     Control("key of a sampler's draws", "drawn", leave_out.key_of_the_order, WEIGHTS),
     Control("order of an epoch", "adamw", leave_out.order_of_the_epoch, WEIGHTS),
 ]
-#: Has tests of its own, below.
-APART = frozenset({"progress.train_seconds"})
+#: Have tests of their own: below, and in test_non_finite.
+APART = frozenset({"progress.train_seconds", "progress.skipped"})
 
 
 def as_parameters(controls: list[Control]) -> list[Any]:
@@ -321,7 +321,7 @@ def components(run: RunDir) -> set[str]:
             found.add(f"{name}.aliases")
     for file in sorted(last.glob("*.safetensors")):
         name = file.name.removesuffix(".safetensors")
-        now, before = read_safetensors(file), read_safetensors(first / file.name)
+        now, before = load_file(file), load_file(first / file.name)
         found |= {f"{name}.{kind_of(k)}" for k in now if not torch.equal(now[k], before[k])}
     return found
 
