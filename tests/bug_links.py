@@ -396,6 +396,12 @@ def in_children(tasks: Sequence[tuple[Callable[..., None], Sequence[Any]]]) -> l
     for child in children:
         child.start()
     deadline = time.monotonic() + 60
+    while any(child.is_alive() for child in children) and time.monotonic() < deadline:
+        if any((child.exitcode or 0) < 0 for child in children):
+            # One was killed: the others may wait for it as long as they are let.
+            deadline = min(deadline, time.monotonic() + 5)
+            break
+        time.sleep(0.01)
     for child in children:
         child.join(max(0.0, deadline - time.monotonic()))
     codes = [child.exitcode for child in children]
