@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ from hpcresume.story import this_process, token_prefix
 Said = Callable[..., tuple[int, str, str]]
 #: A host that this machine is not: what runs there is not known here.
 ELSEWHERE = "gpu017"
+
+
+def readable(file: Any, seconds: float) -> bool:
+    """Whether there is something to read in a file or descriptor within so many seconds."""
+    # Not `select`: it knows no descriptor above 1023, and a long row of tests may hold that many.
+    poll = select.poll()
+    poll.register(file, select.POLLIN | select.POLLHUP)
+    return bool(poll.poll(seconds * 1000))
 
 
 def make_run(root: Path, name: str = "toy", *, cluster: str = "local", **config: Any) -> RunDir:

@@ -7,7 +7,6 @@ import json
 import os
 import pty
 import re
-import select
 import shutil
 import struct
 import subprocess
@@ -20,7 +19,7 @@ from fcntl import ioctl
 from pathlib import Path
 
 import pytest
-from made_run import FakeSlurm, Said, add_link, complete, make_run, queue_job
+from made_run import FakeSlurm, Said, add_link, complete, make_run, queue_job, readable
 from oracle import ENVIRON
 
 from hpcresume import files
@@ -574,7 +573,7 @@ def test_the_first_line_is_there_before_slurm_has_answered(runs: Path, tmp_path:
         text=True,
     ) as process:
         assert process.stdout is not None
-        said, _, _ = select.select([process.stdout], [], [], 30)
+        said = readable(process.stdout, 30)
         first = process.stdout.readline() if said else ""
         # squeue has asked until here, and gets its answer now.
         (tmp_path / "answer").write_text("")
@@ -600,7 +599,7 @@ def in_terminal(run: RunDir, *argv: str, width: int, **environ: str) -> str:
         os.close(its)
         written = b""
         while True:
-            select.select([own], [], [], 60)
+            readable(own, 60)
             try:
                 piece = os.read(own, 1 << 16)
             except OSError:

@@ -85,6 +85,12 @@ def test_a_chain_that_hangs_in_the_same_step_twice_stops_and_says_so(folder: Pat
 # ---- cancelled -------------------------------------------------------------------------------
 
 
+def _status(folder: Path) -> dict[str, Any]:
+    document = json.loads(hpcresume("status", "run", "--json", cwd=folder).stdout)
+    run: dict[str, Any] = document["runs"][0]
+    return run
+
+
 def test_cancel_with_save_saves_the_last_step_and_takes_more_than_the_grace_for_it(
     folder: Path, uncut: dict[str, Any]
 ) -> None:
@@ -104,7 +110,10 @@ def test_cancel_with_save_saves_the_last_step_and_takes_more_than_the_grace_for_
     assert saved is not None, "without --save there is no time to save at all"
     assert (decision["decision"], decision["cause"]) == ("stop", "cancelled"), chain.story()
     assert decision["reason"].endswith(f"(hpcresume cancel), saved at step {saved['step']}")
-    status = json.loads(hpcresume("status", "run", "--json", cwd=folder).stdout)["runs"][0]
+    # The decision is recorded a moment before the supervisor leaves.
+    deadline = time.monotonic() + 60
+    while (status := _status(folder))["state"] == "running" and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert (status["state"], status["queued"]) == ("stopped", [])
     done = hpcresume("resume", "run", "--set=args.pause_s=0", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from made_run import readable
 from oracle import ENVIRON
 
 from hpcresume.config import dump, from_mapping
@@ -68,7 +68,7 @@ def test_status_prints_its_first_line_within_a_second_while_squeue_sleeps(
         stdout=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], 4)
+        ready = readable(process.stdout, 4)
         took = time.monotonic() - began
         assert ready, "nothing was printed before squeue answered"
         rest = process.stdout.read().decode()
