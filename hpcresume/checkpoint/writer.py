@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import json
 import os
@@ -145,6 +146,9 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:
                 hasher.update(chunk)
                 files.write_all(fd, chunk)
         os.fsync(fd)
+        with contextlib.suppress(AttributeError, OSError):
+            # The memory is worth more to whoever reads data, and to the next save.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)
     return FileEntry(name=path.name, bytes=hasher.bytes, chunks=hasher.chunks())
