@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import ctypes
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -14,12 +15,13 @@ from pathlib import Path
 import torch
 import xxhash
 
-from hpcresume import files
 from hpcresume.checkpoint.manifest import CHUNK_BYTES, ChunkHasher, FileEntry
 from hpcresume.errors import CheckpointError
 
 #: What a processor reads at once; torch's memory begins at a multiple of it.
 LINE_BYTES = 64
+#: What a disk without the page cache wants places, lengths and memory to be multiples of.
+_BLOCK_BYTES = 4096
 _MOST_THREADS = 4
 #: The names of safetensors' own specification.
 _DTYPES = {
@@ -139,16 +141,61 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:
     hasher = ChunkHasher()
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
+        output = _Output(fd)
         for piece in pieces:
             view = memoryview(piece).cast("B")
             for start in range(0, view.nbytes, CHUNK_BYTES):
                 chunk = view[start : start + CHUNK_BYTES]
                 hasher.update(chunk)
-                files.write_all(fd, chunk)
+                output.write(chunk)
         os.fsync(fd)
-        with contextlib.suppress(AttributeError, OSError):
-            # The memory is worth more to whoever reads data, and to the next save.
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)
     return FileEntry(name=path.name, bytes=hasher.bytes, chunks=hasher.chunks())
+
+
+class _Output:
+    """A file that is written from its beginning; past the page cache, as far as that is possible.
+
+    The cache costs a copy, and memory for it that may be slower than the disk, and that whoever
+    reads data has better use for.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        self._can = hasattr(os, "O_DIRECT")
+        self._direct = False
+        self._written = 0
+
+    def write(self, chunk: memoryview) -> None:
+        """Write every byte: a write may be short where a quota or a signal cuts it."""
+        whole = chunk.nbytes - chunk.nbytes % _BLOCK_BYTES
+        while self._can and whole and self._lies_in_blocks(chunk):
+            try:
+                self._go(direct=True)
+                count = os.write(self._fd, chunk[:whole])
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                # This file system, or this kind of memory, does not do it.
+                self._can = False
+                break
+            self._written += count
+            chunk, whole = chunk[count:], whole - count
+        while chunk.nbytes:
+            self._go(direct=False)
+            count = os.write(self._fd, chunk)
+            self._written += count
+            chunk = chunk[count:]
+
+    def _go(self, *, direct: bool) -> None:
+        if direct != self._direct:
+            flags = self._flags | os.O_DIRECT if direct else self._flags
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags)
+            self._direct = direct
+
+    def _lies_in_blocks(self, chunk: memoryview) -> bool:
+        if chunk.readonly or self._written % _BLOCK_BYTES:
+            return False
+        return ctypes.addressof(ctypes.c_char.from_buffer(chunk)) % _BLOCK_BYTES == 0
