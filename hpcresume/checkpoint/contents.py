@@ -8,46 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import re
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcresume import files
-from hpcresume.checkpoint import layout, parts, reader, rng, sharded, writer
+from hpcresume.checkpoint import layout, loading, parts, reader, registered, rng, sharded, writer
 from hpcresume.checkpoint.arena import Arena
 from hpcresume.checkpoint.images import Images, in_parts
 from hpcresume.checkpoint.layout import Layout
 from hpcresume.checkpoint.manifest import Committed, FileEntry
 from hpcresume.checkpoint.outline import Leaves, Outline
-from hpcresume.checkpoint.parts import Saved
-from hpcresume.checkpoint.reader import Held
-from hpcresume.checkpoint.sharded import Part
 from hpcresume.checkpoint.staged import STATE, Staged
-from hpcresume.checkpoint.tensors import (
-    extra_states,
-    fleeting_buffers,
-    join,
-    module_state,
-    plain_state,
-    split,
-)
+from hpcresume.checkpoint.tensors import split
 from hpcresume.errors import CheckpointError, UsageError
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 RNG = "rng.json"
 _RESERVED = frozenset({"state", "rng", "manifest", "trainer_state", "training_args"})
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,60}")
-#: What a file of buffers that no state dict holds is called after the module's name.
-_BUFFERS = ".buffers"
 
 
 @contextlib.contextmanager
@@ -74,7 +57,8 @@ class Contents:
         self._buffers: dict[str, tuple[str, ...]] = {}
         """Digests of the files of fleeting buffers as the code made them, by module."""
         self._layouts: dict[str, Layout] = {}
-        self._is_alike: dict[str, bool] = {}
+        self._divided: list[str] = []
+        """What several ranks write together; see `is_divided`."""
         self._arena = Arena()
         self.generators: dict[str, Any] = {}
         """Random number generators, which each rank has of its own."""
@@ -88,16 +72,22 @@ class Contents:
         if rng.is_generator(value):
             self.generators[name] = value
             return
-        if not (_is_stateful(value) or _is_tokenizer(value) or _is_json(value)):
+        if not (
+            registered.is_stateful(value)
+            or registered.is_tokenizer(value)
+            or registered.is_json(value)
+        ):
             raise UsageError(
                 f"'{name}' cannot be registered: a {type(value).__name__} has no state_dict() and "
                 f"load_state_dict(), is no tokenizer, no random generator and no JSON value."
             )
         self._objects[name] = value
         if isinstance(value, torch.nn.Module):
-            self._buffers[name] = writer.digests(_fleeting_of(name, value), reader.METADATA)
-        elif not (_is_stateful(value) or _is_tokenizer(value)):
-            self._begun_with[name] = _as_json(value)
+            self._buffers[name] = writer.digests(
+                registered.fleeting_of(name, value), reader.METADATA
+            )
+        elif not (registered.is_stateful(value) or registered.is_tokenizer(value)):
+            self._begun_with[name] = registered.as_json(value)
 
     def names(self) -> list[str]:
         """What is registered, in order, but for generators."""
@@ -111,8 +101,8 @@ class Contents:
         """Size of the tensors that a save would write now."""
         total = 0
         for name, value in self._objects.items():
-            if _is_stateful(value):
-                tensors = split(_state(name, value), name).tensors.values()
+            if registered.is_stateful(value):
+                tensors = split(registered.state_of(name, value), name).tensors.values()
                 total += sum(t.numel() * t.element_size() for t in tensors)
         return total
 
@@ -134,18 +124,18 @@ class Contents:
         as_made: dict[str, tuple[str, ...]] = {}
         still: set[str] = set()
         for name, value in self._objects.items():
-            if _is_stateful(value):
+            if registered.is_stateful(value):
                 laid, found, objects[name] = self._laid_out(name, value)
                 still |= laid.still
                 tensors |= _by_file(laid.names_of(0), found)
                 metadata |= dict.fromkeys(laid.names_of(0), laid.metadata)
                 if len(laid.files) > 1:
                     written[layout.index_file(name)] = layout.index(laid, found)
-                fleeting = _fleeting_of(name, value)
+                fleeting = registered.fleeting_of(name, value)
                 if fleeting:
-                    tensors[f"{name}{_BUFFERS}.safetensors"] = fleeting
-                    as_made[f"{name}{_BUFFERS}.safetensors"] = self._buffers[name]
-            elif not _is_tokenizer(value):
+                    tensors[registered.buffers_file(name)] = fleeting
+                    as_made[registered.buffers_file(name)] = self._buffers[name]
+            elif not registered.is_tokenizer(value):
                 written[f"{name}.json"] = files.to_json(value, indent=1)
         rest = {
             "progress": dict(progress),
@@ -153,14 +143,14 @@ class Contents:
             "moved": [
                 name
                 for name, begun in self._begun_with.items()
-                if not reader.same_tree(begun, _as_json(self._objects[name]))
+                if not reader.same_tree(begun, registered.as_json(self._objects[name]))
             ],
         }
         # What is indented takes ten times as long, while training waits: only what people read.
         written |= {n: files.to_json(v, indent=1) for n, v in more.items()}
         for name, value in self._objects.items():
-            if _is_tokenizer(value) and not _is_stateful(value):
-                own = _tokenizer_files(value)
+            if registered.is_tokenizer(value) and not registered.is_stateful(value):
+                own = registered.tokenizer_files(value)
                 for file in own.keys() & (written.keys() | tensors.keys()):
                     raise CheckpointError(
                         f"'{name}' writes {file}, which another registered object writes as well: "
@@ -179,22 +169,23 @@ class Contents:
 
     @_uncollected()
     def stage_share(self) -> Staged:
-        """What this rank, which is not rank 0, writes of the save that rank 0 stages now."""
-        if not self._is_alike:
-            self._is_alike = {name: bool(self._alike(name)) for name in self._objects}
+        """What this rank, which is not rank 0, writes of the save that rank 0 stages now.
+
+        Only after `is_divided`.
+        """
         tensors: dict[str, Mapping[str, torch.Tensor]] = {}
         metadata: dict[str, Mapping[str, str]] = {}
-        for name, value in self._objects.items():
-            if self._is_alike[name] or self._is_sharded(name):
-                laid, found, _ = self._laid_out(name, value)
-                tensors |= _by_file(laid.names_of(self._rank), found)
-                metadata |= dict.fromkeys(laid.names_of(self._rank), laid.metadata)
+        for name in self._divided:
+            laid, found, _ = self._laid_out(name, self._objects[name])
+            tensors |= _by_file(laid.names_of(self._rank), found)
+            metadata |= dict.fromkeys(laid.names_of(self._rank), laid.metadata)
         return Staged(self._arena.stage(tensors, reader.METADATA, metadata), {}, None)
 
     def is_divided(self) -> bool:
-        """Whether there is anything that several ranks write together."""
-        several = self._world_size > 1
-        return several and any(self._alike(n) or self._is_sharded(n) for n in self._objects)
+        """Whether there is anything that several ranks write together, from now on."""
+        if self._world_size > 1:
+            self._divided = [n for n in self._objects if self._alike(n) or self._is_sharded(n)]
+        return bool(self._divided)
 
     def _is_sharded(self, name: str) -> bool:
         """Whether an object has tensors, or will have, that lie in parts on several ranks."""
@@ -203,8 +194,10 @@ class Contents:
             return False
         if isinstance(value, torch.optim.Optimizer):
             # Its own state may come into being later.
-            return any(map(sharded.is_sharded, _params(value)))
-        return _is_stateful(value) and bool(Leaves(_state(name, value)).spread)
+            return any(map(sharded.is_sharded, registered.params_of(value)))
+        return registered.is_stateful(value) and bool(
+            Leaves(registered.state_of(name, value)).spread
+        )
 
     def _alike(self, name: str) -> Collection[int]:
         """The parameters of an object, by identity, that torch itself keeps alike on all ranks.
@@ -225,14 +218,14 @@ class Contents:
         if not (plain and isinstance(value, torch.optim.Optimizer)):
             # Others may keep a part of their state on each rank, as ZeroRedundancyOptimizer does.
             return ()
-        params = set(map(id, _params(value)))
+        params = set(map(id, registered.params_of(value)))
         return () if params - kept else params
 
     def _laid_out(
         self, name: str, value: Any
     ) -> tuple[Layout, dict[str, torch.Tensor], Callable[[], bytes]]:
         """An object's layout, its tensors, and how to make the text of the rest of its state."""
-        state = _state(name, value)
+        state = registered.state_of(name, value)
         leaves = Leaves(state)
         laid, numbers = self._layouts.get(name), leaves.numbers
         if laid is None or not laid.outline.fits(leaves):
@@ -246,7 +239,7 @@ class Contents:
     ) -> Layout:
         if outline.parts:
             if isinstance(value, torch.optim.Optimizer):
-                _check_parts(name, value, outline.parts)
+                loading.check_parts(name, value, outline.parts)
             return layout.lay_out_parts(name, outline, self._rank, self._world_size)
         alike = self._alike(name)
         # Not the buffers of a module: each rank has its own running statistics.
@@ -263,7 +256,7 @@ class Contents:
         if name in self.generators:
             return []
         value, committed = self._objects[name], images.committed
-        if _is_stateful(value):
+        if registered.is_stateful(value):
             saved = state["objects"].get(name)
             if saved is None:
                 raise CheckpointError(
@@ -277,14 +270,16 @@ class Contents:
                 layout.files_of(name, images.names()), key=lambda file: ranks[file] != self._rank
             )
             if self._is_sharded(name) or in_parts(images.names()) & {*own}:
-                found = parts.held_in(images, own, name, partial(_live_like, name, value, saved))
+                found = parts.held_in(
+                    images, own, name, partial(loading.live_like, name, value, saved)
+                )
             else:
                 found = [reader.held_in(file, images.take(file)) for file in own]
-            _load(name, value, found, saved)
-            _load_buffers(name, value, images)
-            live = split(_state(name, value), name)
+            loading.load(name, value, found, saved)
+            loading.load_buffers(name, value, images)
+            live = split(registered.state_of(name, value), name)
             reader.check_arrived(committed, name, live, saved["tree"], found)
-        elif not _is_tokenizer(value):
+        elif not registered.is_tokenizer(value):
             file = f"{name}.json"
             if file not in images.names():
                 raise CheckpointError(
@@ -297,7 +292,7 @@ class Contents:
     def _restore_value(self, name: str, was: Any, state: Mapping[str, Any]) -> list[str]:
         """Give a registered JSON value what the checkpoint holds; a sentence where it is told."""
         value = self._objects[name]
-        if reader.same_tree(was, _as_json(value)):
+        if reader.same_tree(was, registered.as_json(value)):
             return []
         changed = f"'{name}' is not what the run was trained with"
         if isinstance(value, dict):
@@ -318,7 +313,7 @@ class Contents:
         names = [entry.name for entry in committed.manifest.files]
         other = {STATE, RNG, "trainer_state.json", "training_args.json", *in_parts(names)}
         for name in self._objects:
-            other.add(f"{name}{_BUFFERS}.safetensors")
+            other.add(registered.buffers_file(name))
             if name not in self._weights():
                 other |= {*layout.files_of(name, names), layout.index_file(name)}
         return [name for name in names if name not in other]
@@ -357,132 +352,3 @@ def _state_text(rest: bytes, objects: Mapping[str, Callable[[], bytes]]) -> byte
     """The text of state.json; the objects' own texts are made here, in the thread that writes."""
     texts = [b'"%s":%s' % (name.encode(), text()) for name, text in objects.items()]
     return b'{"objects":{%s},%s\n' % (b",".join(texts), rest[1:])
-
-
-def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """What a tokenizer writes, by name relative to its folder."""
-    with tempfile.TemporaryDirectory(prefix="hpcresume-tokenizer-") as name:
-        tokenizer.save_pretrained(name)
-        folder = Path(name)
-        paths = sorted(path for path in folder.rglob("*") if not path.is_dir())
-        return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
-def _state(name: str, value: Any) -> Any:
-    return module_state(value, name) if isinstance(value, torch.nn.Module) else value.state_dict()
-
-
-def _fleeting_of(name: str, value: Any) -> dict[str, torch.Tensor]:
-    if not isinstance(value, torch.nn.Module):
-        return {}
-    places = fleeting_buffers(value, name)
-    return {key: getattr(part, buffer) for key, (part, buffer) in places.items()}
-
-
-def _load_buffers(name: str, value: Any, images: Images) -> None:
-    """Put back the buffers that the module's own state dict leaves out."""
-    file = f"{name}{_BUFFERS}.safetensors"
-    if file not in images.names():
-        return
-    places = fleeting_buffers(value, name)
-    for key, saved in reader.clones(reader.held_in(file, images.take(file)).tensors).items():
-        if key not in places:
-            raise CheckpointError(f"'{name}' has no buffer '{key}', which the checkpoint holds.")
-        part, buffer = places[key]
-        live = getattr(part, buffer)
-        if live.shape == saved.shape and live.dtype == saved.dtype:
-            with torch.no_grad():
-                live.copy_(saved)
-        else:
-            # A cache that has grown.
-            setattr(part, buffer, saved.to(live.device))
-
-
-def _params(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
-def _check_parts(name: str, optimizer: torch.optim.Optimizer, held: Mapping[str, Part]) -> None:
-    """Raise CheckpointError where the state of a parameter lies otherwise than the parameter."""
-    params = _params(optimizer)
-    for key, part in held.items():
-        param = params[int(key.split(".")[1])]
-        if not sharded.is_sharded(param) or sharded.part_of(param) != part:
-            raise CheckpointError(
-                f"'{name}' keeps '{key}' on other ranks than the parameter that it belongs to, "
-                f"where it would not be found again: choose an optimizer whose state has the "
-                f"shapes of the parameters."
-            )
-
-
-def _live_like(
-    name: str, value: Any, saved: Mapping[str, Any], tensors: Mapping[str, Saved]
-) -> Mapping[str, DTensor]:
-    """By name of a saved tensor, the live one which lies on several ranks as it is to lie.
-
-    That is itself, or the parameter of an optimizer that the state belongs to.
-    """
-    if not isinstance(value, torch.optim.Optimizer):
-        return split(_state(name, value), name).spread
-    numbers = [n for group in saved["tree"]["param_groups"] for n in group["params"]]
-    params = dict(zip(map(str, numbers), _params(value), strict=False))
-    # Where no tensor was split, one of the parameter's shape is to be.
-    never = not any(tensor.is_split for tensor in tensors.values())
-    found = {}
-    for key, tensor in tensors.items():
-        param = params.get(key.split(".")[1]) if key.startswith("state.") else None
-        if param is None or not sharded.is_sharded(param):
-            continue
-        if tensor.is_split or (never and tensor.shape == tuple(param.shape)):
-            found[key] = param
-    return found
-
-
-def _load(name: str, value: Any, found: Sequence[Held], saved: Mapping[str, Any]) -> None:
-    tensors = {key: tensor for held in found for key, tensor in held.tensors.items()}
-    aliases = saved["aliases"]
-    if isinstance(value, torch.nn.Module):
-        extra = extra_states(value, name)
-        full = {**tensors, **{alias: tensors[target] for alias, target in aliases.items()}}
-        named = {
-            key: tensor
-            for key, tensor in full.items()
-            if not any(key == e or key.startswith(f"{e}.") for e in extra)
-        }
-        live = {k: sharded.local(t) for k, t in plain_state(value, name).items()}
-        reader.copy_into(live, named, name)
-        for key, part in extra.items():
-            copies = reader.clones({k: t for k, t in tensors.items() if k.startswith(key)})
-            part.set_extra_state(join(saved["tree"][key], copies, aliases))
-        return
-    own: dict[str, torch.Tensor] = {}
-    for held in found:
-        # Against the digests of a whole file it shows what has arrived, else against this memory.
-        own |= (reader.kept if held.is_whole else reader.clones)(held.tensors)
-        own |= {key: sharded.like(live, own[key]) for key, live in held.like.items()}
-    state = join(saved["tree"], own, aliases)
-    value.load_state_dict(state)
-    if isinstance(value, torch.optim.Optimizer):
-        reader.keep_dtypes(value, state)
-
-
-def _is_stateful(value: Any) -> bool:
-    return callable(getattr(value, "state_dict", None)) and callable(
-        getattr(value, "load_state_dict", None)
-    )
-
-
-def _is_tokenizer(value: Any) -> bool:
-    return callable(getattr(value, "save_pretrained", None))
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        files.to_json(value)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(files.to_json(value))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-#: More do not copy faster than the memory allows.
-_MOST_THREADS = 4
+from hpcresume.checkpoint.threads import how_many
+
 #: What one thread copies before a second one could have begun.
 _SHARE_BYTES = 16 << 20
 
@@ -16,7 +15,7 @@ _SHARE_BYTES = 16 << 20
 def shares(targets: list[torch.Tensor]) -> list[slice]:
     """The targets in runs of about the same number of bytes, one for each thread."""
     sizes = [target.numel() * target.element_size() for target in targets]
-    threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    threads = how_many()
     share = max(_SHARE_BYTES, -(-sum(sizes) // threads))
     found, begin, filled = [], 0, 0
     for place, size in enumerate(sizes):

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from hpcresume.checkpoint.manifest import CHUNK_BYTES, Committed, FileEntry, damage_of, digest_of
+from hpcresume.checkpoint.threads import how_many
 from hpcresume.errors import CheckpointError
 
 #: How a file's name ends that says which tensor of an object is in which of its other files.
 INDEX = ".safetensors.index.json"
 _NUMBERED = re.compile(r"(?P<object>\w+)-\d{5}-of-\d{5}\.safetensors")
-#: More do not make a disk faster; fewer leave one processor to wait for it.
-_MOST_THREADS = 4
 
 
 def in_parts(names: Collection[str]) -> set[str]:
@@ -159,7 +158,7 @@ def _check(
             fd = _open(committed.path / entry.name, entry)
             opened.callback(os.close, fd)
             work.add(entry, fd, content.get(entry.name))
-        threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)), len(work))
+        threads = min(how_many(), len(work))
         if threads <= 1:
             work.do()
             return

@@ -16,13 +16,13 @@ import torch
 import xxhash
 
 from hpcresume.checkpoint.manifest import CHUNK_BYTES, ChunkHasher, FileEntry
+from hpcresume.checkpoint.threads import how_many
 from hpcresume.errors import CheckpointError
 
 #: What a processor reads at once; torch's memory begins at a multiple of it.
 LINE_BYTES = 64
 #: What a disk without the page cache wants places, lengths and memory to be multiples of.
 _BLOCK_BYTES = 4096
-_MOST_THREADS = 4
 #: The names of safetensors' own specification.
 _DTYPES = {
     torch.float64: "F64",
@@ -109,7 +109,7 @@ def digests(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
     begins = range(0, end, CHUNK_BYTES)
     if len(begins) == 1 or any(t.device.type != "cpu" for t in tensors.values()):
         return tuple(map(digest, begins))
-    with ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0))), "digest") as pool:
+    with ThreadPoolExecutor(how_many(), "digest") as pool:
         return tuple(pool.map(digest, begins))
 
 

@@ -11,19 +11,16 @@ before the end, does the next link go on from there. One more link at the end sh
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 import signal
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from hpcresume.config import RunConfig, from_mapping, to_mapping
-from hpcresume.errors import UsageError
 from hpcresume.rehearse.report import LAST, Played, Rehearsal, end_of_link
 from hpcresume.rehearse.stage import Stage
 from hpcresume.signals import SignalFlags, listen
 from hpcresume.submit import prepare
+from hpcresume.verify.scratch import scratch_folder
 
 __all__ = ["Played", "Rehearsal", "rehearse"]
 
@@ -45,7 +42,7 @@ def rehearse(
     a signal asks this process to leave, UsageError where `keep` is in use, and what `submit`
     raises where the configuration does not even start.
     """
-    with _folder(keep) as folder, listen(second_interrupt_kills=True) as flags:
+    with scratch_folder(keep, "rehearse") as folder, listen(second_interrupt_kills=True) as flags:
         say("the training function is imported")
         run = prepare(_scratch(config), folder, project=project, environ=environ)
         _leave_if_asked(flags)
@@ -62,22 +59,6 @@ def rehearse(
         finally:
             stage.close()
     return Rehearsal(tuple(played), kept=None if keep is None else run.path)
-
-
-@contextlib.contextmanager
-def _folder(keep: Path | None) -> Iterator[Path]:
-    """Where the scratch run lies."""
-    if keep is not None:
-        if keep.exists() and not (keep.is_dir() and not any(keep.iterdir())):
-            raise UsageError(f"--keep {keep} exists: name a folder that is new or empty.")
-        keep.mkdir(mode=0o700, parents=True, exist_ok=True)
-        yield keep.absolute()
-        return
-    folder = Path(tempfile.mkdtemp(prefix="hpcresume-rehearse-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _scratch(config: RunConfig) -> RunConfig:

@@ -279,8 +279,8 @@ class Saver:
             lead_s=round(clock.lead_s(), 2),
             **record,
         )
-        number = epoch + 1 if progress["position"] else max(1, epoch)
-        text = (step, number, files.size_words(size), seconds)
+        running = epoch + 1 if progress["position"] else max(1, epoch)
+        text = (step, running, files.size_words(size), seconds)
         log.info("saved step %d of epoch %d (%s in %.1f s)", *text)
         self._prune(self._policy)
         self.auto_s = self._interval_s(record["step_s"])

@@ -31,17 +31,15 @@ chooses another K. It holds for this machine, this number of ranks and these lib
     links      runs one link in fresh processes
     watch      a rank that looks at what its training holds; search finds it, digest sums it up
     looks      what ranks saw, and what of it a cut has lost; needs no torch
+    scratch    the folder that the runs lie in
     compare    two runs, as differences; needs no torch
     verdict    the outcome in words
 """
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +48,9 @@ from hpcresume.errors import HpcResumeError, UsageError
 from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.verify import compare, looks
 from hpcresume.verify.compare import Difference
-from hpcresume.verify.links import LinkEnd, LinkFailed, make_run, run_link
+from hpcresume.verify.links import LinkEnd, make_run, run_link
 from hpcresume.verify.looks import Lost
+from hpcresume.verify.scratch import scratch_folder
 from hpcresume.verify.verdict import Outcome, Verdict, outcome_of
 
 __all__ = ["DEFAULT_STEPS", "LEAST_STEPS", "Verdict", "verify"]
@@ -75,33 +74,11 @@ def verify(
     `say` gets a line for each phase. Raises LinkFailed where the training fails, UsageError where
     it is too short to be cut, or where `keep` is in use.
     """
-    with _folder(keep) as folder:
+    with scratch_folder(keep, "verify") as folder:
         return _Verification(config, project, folder, ranks, say).verify(
             steps or min(DEFAULT_STEPS, max(config.max_steps or DEFAULT_STEPS, LEAST_STEPS)),
             kept=None if keep is None else folder,
         )
-
-
-@contextlib.contextmanager
-def _folder(keep: Path | None) -> Iterator[Path]:
-    """Where the runs lie. A temporary one stays only where a failure's log is in it."""
-    if keep is not None:
-        if keep.exists() and not (keep.is_dir() and not any(keep.iterdir())):
-            raise UsageError(f"--keep {keep} exists: name a folder that is new or empty.")
-        keep.mkdir(mode=0o700, parents=True, exist_ok=True)
-        yield keep.absolute()
-        return
-    folder = Path(tempfile.mkdtemp(prefix="hpcresume-verify-"))
-    try:
-        yield folder
-    except LinkFailed as error:
-        if error.log is None:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Verification:

@@ -15,7 +15,7 @@ import torch
 from cuts import Cut
 
 from hpcresume import files
-from hpcresume.checkpoint import contents, reader, rng
+from hpcresume.checkpoint import contents, loading, reader, registered, rng
 from hpcresume.checkpoint.images import Images
 from hpcresume.checkpoint.manifest import Committed
 from hpcresume.checkpoint.tensors import Split, plain_state
@@ -46,7 +46,7 @@ def of_object(name: str, kind: str) -> LeaveOut:
     """A part of a registered object stays as the code made it; nobody looks whether it arrived."""
 
     def leave_out(patch: pytest.MonkeyPatch) -> None:
-        load = contents._load
+        load = loading.load
 
         def load_without(what: str, value: Any, *saved: Any) -> None:
             made = _as_made(value) if what == name else {}
@@ -54,7 +54,7 @@ def of_object(name: str, kind: str) -> LeaveOut:
             if what == name:
                 _forget(value, kind, made)
 
-        patch.setattr(contents, "_load", load_without)
+        patch.setattr(loading, "load", load_without)
         patch.setattr(reader, "check_arrived", lambda *_: None)
 
     return leave_out
@@ -100,15 +100,15 @@ def exact_types(patch: pytest.MonkeyPatch) -> None:
 
 def extra_state(patch: pytest.MonkeyPatch) -> None:
     """No module is given its extra state."""
-    load = contents._load
+    load = loading.load
 
     def load_without(*args: Any) -> None:
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(contents, "extra_states", lambda *_: {})
+            inner.setattr(loading, "extra_states", lambda *_: {})
             inner.setattr(reader, "copy_into", _copy_known(reader.copy_into))
             load(*args)
 
-    patch.setattr(contents, "_load", load_without)
+    patch.setattr(loading, "load", load_without)
     patch.setattr(reader, "check_arrived", lambda *_: None)
 
 
@@ -121,12 +121,12 @@ def _copy_known(copy_into: Callable[..., None]) -> Callable[..., None]:
 
 def aliases(patch: pytest.MonkeyPatch) -> None:
     """It is forgotten which names mean the same memory."""
-    load = contents._load
+    load = loading.load
 
     def load_without(name: str, value: Any, committed: Committed, saved: Any) -> None:
         load(name, value, committed, {**saved, "aliases": {}})
 
-    patch.setattr(contents, "_load", load_without)
+    patch.setattr(loading, "load", load_without)
 
 
 def buffer(kind: str) -> LeaveOut:
@@ -137,7 +137,7 @@ def buffer(kind: str) -> LeaveOut:
 
         def held_without(file: str, image: memoryview) -> reader.Held:
             held = held_in(file, image)
-            if file.endswith(f"{contents._BUFFERS}.safetensors"):
+            if file == registered.buffers_file(file.partition(".")[0]):
                 del held.tensors[kind]
             return held
 
@@ -162,7 +162,7 @@ def value(name: str) -> LeaveOut:
 
 def tokenizer(patch: pytest.MonkeyPatch) -> None:
     """A tokenizer is not saved."""
-    patch.setattr(contents, "_tokenizer_files", lambda _: {})
+    patch.setattr(registered, "tokenizer_files", lambda _: {})
 
 
 def of_state(key: str) -> LeaveOut:
