@@ -8,8 +8,9 @@ slower than most disks: each of its pages must be made first.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from hpcresume.checkpoint import copying, writer
 from hpcresume.checkpoint.images import memory
+from hpcresume.checkpoint.pinned import Pinned, take
 
 _PAGE = 4096
 
@@ -27,6 +29,10 @@ class Image:
 
     name: str
     content: memoryview
+
+
+def _at_once() -> None:
+    """What is on the CPU has been copied when the copy returns."""
 
 
 class Arena:
@@ -40,6 +46,9 @@ class Arena:
         self._targets: list[torch.Tensor] = []
         """What is copied: its place among all tensors, and where to."""
         self._shares: list[slice] = []
+        self._pinned: Pinned | None = None
+        self.arrived: Callable[[], None] = _at_once
+        """Waits until all that was staged last is in the images."""
 
     def stage(
         self,
@@ -49,8 +58,8 @@ class Arena:
     ) -> list[Image]:
         """Copy tensors, by file and name, into images of safetensors files.
 
-        `metadata` goes into each of them, `more` into some. They hold until the next call. Raises
-        CheckpointError for what safetensors cannot hold.
+        `metadata` goes into each of them, `more` into some. They hold until the next call, and are
+        whole once `arrived` has returned. Raises CheckpointError for what safetensors cannot hold.
         """
         found = [tensor for tensors in contents.values() for tensor in tensors.values()]
         layout: list[Any] = [
@@ -62,8 +71,22 @@ class Arena:
         if layout != self._layout:
             self._lay_out(contents, layout[-1])
             self._layout = layout
-        copying.copy(self._targets, [found[place] for place in self._order], self._shares)
+        sources = [found[place] for place in self._order]
+        if self._is_pinned_for(sources):
+            self.arrived = take(self._targets, sources)
+        else:
+            self.arrived = _at_once
+            copying.copy(self._targets, sources, self._shares)
         return self._images
+
+    def _is_pinned_for(self, sources: list[torch.Tensor]) -> bool:
+        """Whether GPUs can copy by themselves, where some of the sources are on one."""
+        if self._memory is None or not any(source.is_cuda for source in sources):
+            return False
+        if self._pinned is None:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+            self._pinned = Pinned(address, len(self._memory))
+        return self._pinned.holds
 
     def _lay_out(
         self,
@@ -99,7 +122,9 @@ class Arena:
     def _room_for(self, size: int) -> memoryview:
         """The memory, made anew where it is too small or much too large."""
         if self._memory is None or not size <= len(self._memory) <= 2 * max(size, _PAGE):
-            self._memory = None
+            if self._pinned is not None:
+                self._pinned.release()
+            self._pinned = self._memory = None
             self._memory = memory(max(size, _PAGE))
             with contextlib.suppress(AttributeError, OSError):
                 # A forked child (a loader's worker) would make the next save copy each page.

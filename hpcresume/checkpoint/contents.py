@@ -162,6 +162,7 @@ class Contents:
             self._arena.stage(tensors, reader.METADATA, metadata),
             written,
             partial(_state_text, files.to_json(rest).rstrip(), objects),
+            self._arena.arrived,
             still=frozenset(still),
             as_made=as_made,
             partners=tuple(sorted(partners)),
@@ -179,7 +180,8 @@ class Contents:
             laid, found, _ = self._laid_out(name, self._objects[name])
             tensors |= _by_file(laid.names_of(self._rank), found)
             metadata |= dict.fromkeys(laid.names_of(self._rank), laid.metadata)
-        return Staged(self._arena.stage(tensors, reader.METADATA, metadata), {}, None)
+        images = self._arena.stage(tensors, reader.METADATA, metadata)
+        return Staged(images, {}, None, self._arena.arrived)
 
     def is_divided(self) -> bool:
         """Whether there is anything that several ranks write together, from now on."""

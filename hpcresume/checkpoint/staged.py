@@ -27,6 +27,8 @@ class Staged:
     """What is not tensors, by the file's name."""
     state: Callable[[], bytes] | None
     """The text of state.json; None where another rank writes it."""
+    arrived: Callable[[], None]
+    """Waits until the images are whole."""
     still: frozenset[str] = frozenset()
     """Files of what is not trained: they may be there already."""
     as_made: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -38,6 +40,7 @@ class Staged:
 
     def beside(self, twin: Twin) -> Staged:
         """The same save without what need not be written: it is as made, or `twin` finds it."""
+        self.arrived()
         links, left_out = {}, set()
         for image in self.images:
             if image.name not in self.still and image.name not in self.as_made:
@@ -71,6 +74,7 @@ class Staged:
 
     def write(self, directory: Path) -> list[FileEntry]:
         """Write everything into an empty directory, fsynced. Raises OSError."""
+        self.arrived()
         entries = [
             _linked(directory, *self.links.get(image.name, ()))
             or writer.write_file(directory / image.name, image.content)
