@@ -100,6 +100,13 @@ class Story:
                 return None
         return None
 
+    @property
+    def over(self) -> bool:
+        """Whether no further link is to be waited for."""
+        decided = self.decided()
+        rests = decided is not None and decided.get("decision") != "continue"
+        return self.completed or rests or bool(self.cancelled)
+
     def committed_step(self, link: LinkRecords) -> int:
         """The newest step that stood committed when a link had ended.
 

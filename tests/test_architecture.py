@@ -17,7 +17,7 @@ ROWS: list[list[str]] = [
     ["errors", "files", "signals", "config", "run_dir", "journal"],
     ["checkpoint", "scheduler", "data"],
     ["training", "chain", "session"],
-    ["story", "history", "status", "display", "why"],
+    ["story", "history", "status", "observe", "display", "why"],
     ["serving", "foreground", "rank", "ways", "successors", "link", "submit", "cancel", "drive"],
     ["lm", "adapters", "verify", "rehearse"],
     ["cli", "__main__"],

@@ -19,11 +19,11 @@ from made_run import add_link, complete, end_link, make_run, training
 from oracle import ENVIRON, Chain, assert_equivalent, hpcresume, project, train_uncut
 
 from hpcresume.cancel import cancel
-from hpcresume.cli.logs import MetricTail, is_over
 from hpcresume.cli.options import chosen_run
 from hpcresume.config import RunConfig, read_frozen, to_mapping
 from hpcresume.errors import NotFound, UsageError
 from hpcresume.journal import Journal, read_submissions
+from hpcresume.observe.metrics import MetricTail
 from hpcresume.run_dir import RunDir
 from hpcresume.status import read_status
 from hpcresume.story import read_story
@@ -458,4 +458,4 @@ def test_following_waits_for_the_next_link_unless_the_chain_has_ended(
 ) -> None:
     run = make_run(tmp_path / "runs")
     end_link(add_link(run), decision, "deadline", "the job's time was nearly over")
-    assert is_over(read_story(run)) is over
+    assert read_story(run).over is over
