@@ -64,12 +64,15 @@ EXIT_CODES = {
 }
 
 
-def read_status(run: RunDir, jobs: Sequence[JobInfo] | None, note: str = "") -> RunStatus:
+def read_status(
+    run: RunDir, jobs: Sequence[JobInfo] | None, note: str = "", story: Story | None = None
+) -> RunStatus:
     """How a run stands.
 
-    `jobs` are its living jobs; None where the scheduler did not answer, and `note` says so.
+    `jobs` are its living jobs; None where the scheduler did not answer, and `note` says so. Who
+    has read its `story` hands it in.
     """
-    story = read_story(run)
+    story = read_story(run) if story is None else story
     live = _live(run)
     over = lineage(run, story.links)
     committed = Store(run, story.run_id).committed(over)

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Sequence
-from typing import Any
 
 import click
 
 from hpcresume import status as statuses
 from hpcresume.cli.options import no_run, root_of, runs_option
-from hpcresume.errors import NotFound, Unavailable
+from hpcresume.errors import NotFound
+from hpcresume.observe.jobs import LivingJobs
 from hpcresume.run_dir import RunDir, all_runs, find_run
-from hpcresume.scheduler.choice import asking_scheduler
-from hpcresume.scheduler.job import JobInfo
-from hpcresume.story import TOKEN, token_prefix
 
 SCHEMA_VERSION = 1
-_PATIENCE_S = 10.0
 
 
 @click.command()
@@ -64,9 +59,11 @@ def _read_all(runs: Sequence[RunDir]) -> tuple[list[statuses.RunStatus], list[No
     """How runs stand; a damaged one must not hide the others."""
     rows: list[statuses.RunStatus] = []
     damaged: list[NotFound] = []
+    living = LivingJobs(os.environ)
     for run in runs:
         try:
-            rows.append(_read(run))
+            jobs, note = living.of(run)
+            rows.append(statuses.read_status(run, jobs, note))
         except NotFound as error:
             damaged.append(error)
     return rows, damaged
@@ -75,46 +72,3 @@ def _read_all(runs: Sequence[RunDir]) -> tuple[list[statuses.RunStatus], list[No
 def _interesting(rows: Sequence[statuses.RunStatus]) -> list[statuses.RunStatus]:
     finished = [row for row in rows if row.state == "complete"][:1]
     return [row for row in rows if row.state != "complete" or row in finished]
-
-
-def _read(run: RunDir) -> statuses.RunStatus:
-    jobs, note = _jobs(run)
-    return statuses.read_status(run, jobs, note)
-
-
-_slurm_jobs: dict[str, Any] = {}
-
-
-def _jobs(run: RunDir) -> tuple[list[JobInfo] | None, str]:
-    """The run's living jobs. Slurm is asked once for all runs."""
-    try:
-        scheduler = asking_scheduler(run, os.environ)
-        if scheduler is None:
-            return [], ""
-        prefix = token_prefix(run.identify()["id"])
-        if scheduler.name == "local":
-            return scheduler.find(prefix), ""
-        if "answer" not in _slurm_jobs:
-            _slurm_jobs["answer"] = _with_patience(lambda: scheduler.find(TOKEN + ":"))
-        answer = _slurm_jobs["answer"]
-        if isinstance(answer, str):
-            return None, answer
-        return [job for job in answer if job.token.startswith(prefix)], ""
-    except Unavailable as error:
-        return None, str(error)
-
-
-def _with_patience(ask: Any) -> list[JobInfo] | str:
-    """The answer, or a sentence where none came in time."""
-    found: list[Any] = []
-
-    def run() -> None:
-        try:
-            found.append(ask())
-        except Unavailable as error:
-            found.append(str(error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(_PATIENCE_S)
-    return found[0] if found else f"squeue gave no answer in {_PATIENCE_S:.0f} s"
