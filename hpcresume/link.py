@@ -122,7 +122,8 @@ def supervise(run: RunDir, environ: Mapping[str, str], around: Surroundings = _R
     run.check_private()
     config = read_frozen(run.config)
     supervisor = _Supervisor(run, config, environ, around)
-    with around.listen() as flags, logging_to(run.train_log, level=config.log.level):
+    log_lines = logging_to(run.train_log, level=config.log.level)
+    with around.listen() as flags, log_lines, contextlib.closing(supervisor):
         return supervisor.run_link(flags)
 
 
@@ -151,6 +152,11 @@ class _Supervisor:
         self.published_end: float | None = None
         self.compared = False
         self.stop_reason: str | None = None
+
+    def close(self) -> None:
+        """Give the journal's file back: this process may go on to something else."""
+        if self.journal is not None:
+            self.journal.close()
 
     # ---- the whole ----------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Used by `loading`, which calls `check_section` for each layer and knows the plac
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import types
@@ -43,15 +44,21 @@ def check_section(
     values: Mapping[Any, Any], struct: type[msgspec.Struct], path: KeyPath, report: Report
 ) -> dict[str, Any]:
     """The entries that fit, as their fields want them; everything else is reported."""
-    fields = {field.name: field for field in msgspec.structs.fields(struct)}
+    types_of = _types_of(struct)
     fitting = {}
     for key, value in values.items():
-        if key in fields:
-            fitting[key] = _check(value, fields[key].type, (*path, key), report)
+        if key in types_of:
+            fitting[key] = _check(value, types_of[key], (*path, key), report)
         else:
             advice = meant_key(str(key), struct)
             report((*path, str(key)), f"unknown key '{dotted((*path, str(key)))}'; {advice}")
     return fitting
+
+
+@functools.cache
+def _types_of(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    """What each field wants; to find that out takes longer than to check a whole file."""
+    return {field.name: field.type for field in msgspec.structs.fields(struct)}
 
 
 def _check(value: Any, wanted: Any, path: KeyPath, report: Report) -> Any:

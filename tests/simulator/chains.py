@@ -116,9 +116,9 @@ class SimulatedChain:
             f"chain: {{{chain}}}\nlog: {{level: ERROR}}\n"
         )
         self.run.create(frozen, cluster="slurm", project=self.run.path, versions={})
-        self._journal(self.run.submissions, link=0, job=None).write(
-            "submitted", after_link=0, token="t", by="ada", host="login1"
-        )
+        journal = self._journal(self.run.submissions, link=0, job=None)
+        journal.write("submitted", after_link=0, token="t", by="ada", host="login1")
+        journal.close()
         run_id = str(self.run.identify()["id"])
         self.cluster.add(f"{token_prefix(run_id)}0", (), 0.0)
 
@@ -223,7 +223,7 @@ class SimulatedChain:
     def _sleep(self, seconds: float) -> None:
         self.cluster.sleep(seconds)
         life, mine = self.cluster.life, self._ranks.get(id(self.cluster.life))
-        if mine is None or RunDir(self.run.path).newest_link() == mine.seen.link:
+        if mine is None or max(self.owners) == mine.seen.link:
             return
         if life.overtaken_at is None:
             life.overtaken_at = self.cluster.elapsed

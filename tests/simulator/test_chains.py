@@ -79,6 +79,14 @@ def test_a_seed_gives_the_same_chain_again(folder: Path) -> None:
     assert [story(seed) for seed in range(20)] == [story(seed) for seed in range(20)]
 
 
+def test_chains_leave_no_file_open(folder: Path) -> None:
+    play(0, folder)
+    before = sorted(os.listdir("/proc/self/fd"))
+    for seed in range(1, 20):
+        play(seed, folder)
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
 #: Chains in which a supervisor did wrong once, and what it had not heeded.
 MENDED = {
     "a link that died before it trained is a link of the budget": 1600,
