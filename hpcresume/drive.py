@@ -6,8 +6,8 @@ All that it knows stands in the run: it may be killed at any time, and started a
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,8 +16,8 @@ from hpcresume.chain import Cause, Decision, PastLink
 from hpcresume.config import RunConfig, read_frozen
 from hpcresume.errors import Unavailable, UsageError
 from hpcresume.history import budgets_of, end_of, past_links, verdict_of
-from hpcresume.journal import Journal, Record
-from hpcresume.link import exiting_link
+from hpcresume.journal import Record
+from hpcresume.link import Surroundings, exiting_link
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.choice import scheduler_of
 from hpcresume.scheduler.driver_file import only_driver
@@ -39,6 +39,7 @@ _PATIENCE_S = 60.0
 #: So many jobs in a row that end before their link has begun are no bad luck.
 _MOST_LOST = 3
 _TICK_S = 0.1
+_REAL = Surroundings()
 
 
 def drive(
@@ -63,7 +64,7 @@ def drive(
         )
     config = read_frozen(run.config)
     scheduler = scheduler_of(run, cluster, scrubbed(environ), config.scheduler, exiting_link)
-    driver = _Driver(run, config, scheduler)
+    driver = Driver(run, config, scheduler)
     with only_driver(run):
         while not interrupted():
             looked_at = time.monotonic()
@@ -79,11 +80,20 @@ def drive(
     return None
 
 
-class _Driver:
-    def __init__(self, run: RunDir, config: RunConfig, scheduler: Scheduler) -> None:
+class Driver:
+    """Looks after a run from outside its jobs. Nobody else may do so meanwhile; see `drive`."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        config: RunConfig,
+        scheduler: Scheduler,
+        around: Surroundings = _REAL,
+    ) -> None:
         self._run = run
         self._config = config
         self._scheduler = scheduler
+        self._around = around
         self._gone_since: float | None = None
 
     def look(self) -> Decision | None:
@@ -124,7 +134,7 @@ class _Driver:
         jobs = self._scheduler.state(ids) if ids else {}
         if all(job.state.ended for job in jobs.values()):
             return jobs
-        now = time.monotonic()
+        now = self._around.monotonic()
         self._gone_since = now if self._gone_since is None else self._gone_since
         return jobs if now - self._gone_since > _PATIENCE_S else None
 
@@ -147,7 +157,7 @@ class _Driver:
         """What follows the last link; None where there was none yet."""
         if not history:
             return None
-        now, chance = time.time(), random.random()
+        now, chance = self._around.now(), self._around.chance()
         return chain.decide(history, budgets_of(self._config), now=now, chance=chance)
 
     # ---- what follows --------------------------------------------------------------------
@@ -155,7 +165,7 @@ class _Driver:
     def _submit(self, story: Story, history: Sequence[PastLink], decision: Decision | None) -> None:
         pin_hardware(self._run, self._config, self._scheduler)
         fresh = decision.exclude_nodes if decision is not None else ()
-        avoided = [*fresh, *chain.bad_nodes(history, time.time())]
+        avoided = [*fresh, *chain.bad_nodes(history, self._around.now())]
         spec = job_spec(
             self._run,
             self._config,
@@ -164,22 +174,24 @@ class _Driver:
             exclude=list(dict.fromkeys(avoided))[: chain.MOST_EXCLUDED],
         )
         job = self._scheduler.submit(spec)
+        self._gone_since = None
         # A driver that dies before this line leaves a job that the next one finds in the queue.
-        note_queued(self._run, job)
+        note_queued(self._run, job, self._around.journal)
         why = f": {decision.reason}" if decision is not None else ""
         log.info("next: job %s%s", job, why)
 
     def _record(self, story: Story, history: Sequence[PastLink], decision: Decision) -> None:
         """Leave the reason in the run, where a link would have left it: in a claim of its own."""
-        claim: Record = {"job": None, **this_process(), "num_tasks": 0, "t": round(time.time(), 3)}
+        now = round(self._around.now(), 3)
+        claim: Record = {"job": None, **this_process(), "num_tasks": 0, "t": now}
         link = self._run.claim_link(claim)
-        journal = Journal(link.journal, link=link.number, job=None)
         unsaid = {k.number for k in story.links if story.ended(k) is None}
-        for past in history:
-            if past.number in unsaid:
-                journal.write("ended", **end_of(past), of=past.number)
-        journal.write("decided", **verdict_of(decision, history))
-        journal.close()
+        journal = self._around.journal(link.journal, link=link.number, job=None)
+        with contextlib.closing(journal):
+            for past in history:
+                if past.number in unsaid:
+                    journal.write("ended", **end_of(past), of=past.number)
+            journal.write("decided", **verdict_of(decision, history))
 
 
 def _settled(story: Story) -> Decision | None:

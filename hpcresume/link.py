@@ -59,7 +59,7 @@ _KILLED_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """All that a supervisor meets besides the files of its run; a simulation hands in its own."""
+    """All that a supervisor or `drive` meets besides a run's files; a simulation has its own."""
 
     scheduler_of: Callable[..., Scheduler] = scheduler_of
     start: Callable[..., step.Step] = step.start
@@ -180,7 +180,7 @@ class _Supervisor:
         self._record_found(story, history)
         if before is not None and before.kind != "continue":
             return self._leave_early(before, history)
-        self._settle_delay(before)
+        self._settle_delay(link, before)
         # With a spare in the queue the ranks need not wait for the second one to be queued.
         spare = self.successors.has_spare(story)
         if not spare:
@@ -327,11 +327,13 @@ class _Supervisor:
         self.successors.drop()
         return self._outcome(decision, history[-1] if history else None, 0)
 
-    def _settle_delay(self, decision: Decision | None) -> None:
+    def _settle_delay(self, link: LinkDir, decision: Decision | None) -> None:
         """Wait as decided, where the link before could not tell the queue."""
         if decision is not None and decision.delay_s:
             log.info("waiting %d s: %s", decision.delay_s, decision.reason)
             self.around.sleep(decision.delay_s)
+            if self._fenced(link):
+                raise _overtaken(link)
 
     # ---- 3: the ranks ---------------------------------------------------------------------
 

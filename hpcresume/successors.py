@@ -5,9 +5,10 @@ Used by the supervisor for its own successors; `submit` and `drive` make their j
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,11 +117,11 @@ def pin_hardware(run: RunDir, config: RunConfig, scheduler: Scheduler) -> None:
         )
 
 
-def note_queued(run: RunDir, job: str) -> None:
+def note_queued(run: RunDir, job: str, journal: Callable[..., Journal] = Journal) -> None:
     """Record a job that no link has queued, but somebody on a login node."""
-    journal = Journal(run.submissions, link=0, job=None)
-    journal.write("queued", queued_job=job, after_link=run.newest_link(), by=user_name())
-    journal.close()
+    with contextlib.closing(journal(run.submissions, link=0, job=None)) as submissions:
+        after = run.newest_link()
+        submissions.write("queued", queued_job=job, after_link=after, by=user_name())
 
 
 def cancelled_waiting(job: JobInfo) -> Decision:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import driver
 import faults
 import ranks
 from cluster import EPOCH, Cluster, Job, Killed, Life, SimulatedScheduler, Violation
@@ -27,12 +28,15 @@ from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.scheduler.job import JobState
 from hpcresume.signals import SignalFlags
 from hpcresume.story import Story, read_story, token_prefix
+from hpcresume.successors import note_queued
 
 #: More jobs than any chain here can need.
 _MOST_JOBS = 150
 #: A link that was overtaken has looked by then, and left.
 _LEAVES_WITHIN_S = 15.0
 _LEAD_S = 12.0
+#: How often a user cancels the one job that waits in a chain that is driven.
+_CANCELLED_BEFORE_IT_BEGINS = 0.03
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,14 @@ class End:
     """How a chain ended."""
 
     kind: str
+    """completed or stopped."""
     reason: str
+    steps: int
+    """That the run's metric log tells, each once."""
+    max_steps: int
     links: int
     faults: tuple[str, ...]
+    driver_faults: tuple[str, ...] = ()
 
 
 class SimulatedChain:
@@ -73,6 +82,7 @@ class SimulatedChain:
         self.cluster = Cluster(self.plan, self.tell)
         self.cluster.faulty = self._happen
         self.cluster.may_die = self._may_die
+        self.cluster.check_queueing = self._check_queueing
         self.truth = ranks.Truth()
         self.run = SimulatedRun(folder / "chain", chain=self)
         self.racing = False
@@ -81,6 +91,8 @@ class SimulatedChain:
         self.cancelled_at = math.inf
         """When a user's wish to end the chain could be known to every link that begins later."""
         self._ranks: dict[int, ranks.SimulatedRanks] = {}
+        self.driver: driver.SimulatedDriver | None = None
+        """Submits the jobs, where jobs do not."""
 
     def tell(self, line: str) -> None:
         self.lines.append(f"{self.cluster.elapsed:8.1f}  {line}")
@@ -120,17 +132,35 @@ class SimulatedChain:
         journal.write("submitted", after_link=0, token="t", by="ada", host="login1")
         journal.close()
         run_id = str(self.run.identify()["id"])
-        self.cluster.add(f"{token_prefix(run_id)}0", (), 0.0)
+        job = self.cluster.add(f"{token_prefix(run_id)}0", (), 0.0)
+        note_queued(self.run, job.id, self._journal)
+        if plan.mode == "drive":
+            self.driver = driver.SimulatedDriver(self.run, self.cluster, self._journal)
 
     def _serve_one(self) -> bool:
-        """The life of the next job that may start; False where none may."""
+        """The life of the next job that may start; False where none may, and none is to come."""
         job = self.cluster.next_to_start()
+        while self._let_driver_look(math.inf if job is None else job.begin_at):
+            job = self.cluster.next_to_start()
         if job is None:
             return False
         if len(self.cluster.jobs) > _MOST_JOBS:
             raise Violation("the chain does not end")
         self.cluster.elapsed = max(self.cluster.elapsed, job.begin_at)
         self._live(job)
+        return True
+
+    def _let_driver_look(self, by: float) -> bool:
+        """Whether it was the driver's turn by that time."""
+        if self.driver is None or self.driver.looks_at > by or self.driver.looks_at == math.inf:
+            return False
+        queued = self.driver.look()
+        if self.driver.over is not None and not self._settled():
+            raise Violation("the driver leaves without a recorded reason")
+        if queued and self.cluster.dice.random() < _CANCELLED_BEFORE_IT_BEGINS:
+            for job in self.cluster.waiting():
+                self.cluster.cancel(job, "ada")
+                self._wish_to_end(known_after_s=self.plan.accounting_lag_s)
         return True
 
     # ---- one job ---------------------------------------------------------------------------
@@ -175,7 +205,7 @@ class SimulatedChain:
         except HpcResumeError as error:
             self.tell(f"job {job.id} leaves: {error}")
             self._gone(life)
-            if not self._others(job) and not job.requeue and not self._settled():
+            if not self._followed(job) and not self._settled():
                 raise Violation(f"job {job.id} left without a successor or a reason") from error
             return JobState.FAILED
         except Violation:
@@ -222,6 +252,7 @@ class SimulatedChain:
 
     def _sleep(self, seconds: float) -> None:
         self.cluster.sleep(seconds)
+        self._let_driver_look(self.cluster.elapsed)
         life, mine = self.cluster.life, self._ranks.get(id(self.cluster.life))
         if mine is None or max(self.owners) == mine.seen.link:
             return
@@ -255,7 +286,7 @@ class SimulatedChain:
 
     def _fitting(self, fault: str) -> str:
         """Only what the way of queueing promises to survive."""
-        alone = self.plan.mode != "prequeue"
+        alone = self.plan.mode in ("resubmit", "requeue")
         deadly = fault in faults.ABRUPT or fault in (
             "node lost and back",
             "dies before its first line",
@@ -295,6 +326,13 @@ class SimulatedChain:
                 self._wish_to_end(known_after_s=0.0)
             case "STOP":
                 self.run.stop.touch()
+            case driver.KILLED | driver.SLOW if self.driver is not None:
+                self.driver.met.append(life.fault)
+                self.tell(life.fault)
+                if life.fault == driver.KILLED:
+                    raise Killed(life.fault)
+                self._serve_one()
+                return
             case _:
                 return
         self.tell(f"job {job.id}: {life.fault}")
@@ -324,13 +362,18 @@ class SimulatedChain:
         One that comes while the scheduler has taken no successor yet is a second fault. Where
         nothing hinders that, a job waits.
         """
-        if self._others(life.job) or self._settled():
+        if self._followed(life.job) or self._settled():
             return True
         mine = self._ranks.get(id(life))
         calm = self.plan.mode == "prequeue" and self.plan.reachable
         if calm and mine is not None and self.cluster.elapsed - mine.seen.began > 5:
             raise Violation(f"nothing waits behind job {life.job.id}, which trains")
         return False
+
+    def _followed(self, job: Job) -> bool:
+        """Whether somebody is there to go on after a job."""
+        driven = self.driver is not None and self.driver.over is None
+        return bool(self._others(job)) or job.requeue or driven
 
     def _others(self, job: Job) -> list[Job]:
         return [other for other in self.cluster.waiting() if other is not job]
@@ -352,7 +395,7 @@ class SimulatedChain:
         words = f"{outcome.decision or 'says nothing'}: {outcome.reason or outcome.cause}"
         self.tell(f"job {job.id} leaves; {words}")
         going = outcome.decision in ("continue", "")
-        alone = not self._others(job) and not job.requeue
+        alone = not self._followed(job)
         # What a user cancels while nothing answers, nobody can learn of.
         unknown = self._was_cancelled() and not self.plan.reachable
         settled = (life.asleep or self.run.cancel.exists()) and self._settled()
@@ -362,6 +405,13 @@ class SimulatedChain:
             raise Violation(f"job {job.id} ends the chain without recording why")
         if going and not life.asleep and read_story(self.run).completed:
             raise Violation("training is complete, and the chain goes on")
+
+    def _check_queueing(self) -> None:
+        """A driver knows all that there is to know; a link queues before it can."""
+        if self.driver is not None and any(job.state.alive for job in self.cluster.jobs.values()):
+            raise Violation("a job is queued although one lives")
+        if self.driver is not None and self._settled():
+            raise Violation("a job is queued although the chain has ended")
 
     def _check_start(self, life: Life) -> None:
         """A link is about to train."""
@@ -385,8 +435,15 @@ class SimulatedChain:
         if completed and len(steps) != self.plan.max_steps:
             raise Violation(f"complete after {len(steps)} of {self.plan.max_steps} steps")
         self._check_budgets()
-        kind = "completed" if completed else "stopped"
-        return End(kind, reason, len(self.truth.trained), tuple(filter(None, self.drawn)))
+        return End(
+            kind="completed" if completed else "stopped",
+            reason=reason,
+            steps=len(steps),
+            max_steps=self.plan.max_steps,
+            links=len(self.truth.trained),
+            faults=tuple(filter(None, self.drawn)),
+            driver_faults=() if self.driver is None else tuple(self.driver.met),
+        )
 
     def _was_cancelled(self) -> bool:
         return any(job.cancelled_by == "ada" for job in self.cluster.jobs.values())

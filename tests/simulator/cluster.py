@@ -88,6 +88,8 @@ class Cluster:
         """Lets a life's fault happen; given by whoever knows the run."""
         self.may_die: Callable[[Life], bool] = lambda life: True
         """Whether a death now is a single fault; given likewise."""
+        self.check_queueing: Callable[[], None] = lambda: None
+        """Raises Violation where no job should be queued now; given likewise."""
 
     @property
     def life(self) -> Life:
@@ -211,6 +213,7 @@ class SimulatedScheduler:
     def submit(self, spec: JobSpec, after: Sequence[str] = ()) -> str:
         cluster = self._cluster
         self._call(commanding=True)
+        cluster.check_queueing()
         job = cluster.add(spec.token, after, spec.begin_delay_s)
         cluster.tell(f"job {self._life.job.id} queues job {job.id} after {', '.join(after)}")
         cluster.moment()

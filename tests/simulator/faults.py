@@ -104,7 +104,7 @@ def plan(seed: int) -> Plan:
         save_steps=dice.randint(4, 15),
         job_s=dice.randint(70, 150),
         grace_s=dice.choice((30.0, 30.0, 5.0)),
-        mode=dice.choice(("prequeue",) * 8 + ("resubmit", "requeue")),
+        mode=dice.choice(("prequeue", "drive", *("prequeue",) * 6, "resubmit", "requeue")),
         max_links=dice.randint(2, 6) if dice.random() < 0.25 else None,
         no_progress_links=5 if strict else 3,
         max_crashes=1 if strict else 3,

@@ -9,17 +9,22 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import driver
 import faults
 import pytest
 from chains import End, SimulatedChain
 from cluster import Violation
+from made_run import add_link, make_run
 
-from hpcresume import link, successors
+from hpcresume import drive, files, link, successors
 from hpcresume.chain import decisions
+from hpcresume.errors import Fenced
+from hpcresume.run_dir import RunDir
+from hpcresume.story import Story
 
 #: Chains of each test, and of the mutants until one must have been noticed.
 _A_BLOCK, _MANY_A_BLOCK, _FOR_A_MUTANT = 100, 500, 600
@@ -47,10 +52,21 @@ def play(seed: int, folder: Path) -> End:
     return SimulatedChain(seed, folder).play()
 
 
+def driven(seeds: Iterable[int]) -> list[int]:
+    """Those whose chains `hpcresume drive` keeps going from a login node."""
+    return [seed for seed in seeds if faults.plan(seed).mode == "drive"]
+
+
+def assert_ends_well(end: End) -> None:
+    """`play` has looked at all that lies before; a violation there names the seed."""
+    assert end.kind in ("completed", "stopped") and end.reason
+    assert end.steps == end.max_steps if end.kind == "completed" else end.steps <= end.max_steps
+
+
 @pytest.mark.parametrize("block", range(3))
 def test_random_chains_complete_or_record_why_they_end(block: int, folder: Path) -> None:
     for seed in range(block * _A_BLOCK, (block + 1) * _A_BLOCK):
-        play(seed, folder)
+        assert_ends_well(play(seed, folder))
 
 
 @pytest.mark.long
@@ -59,7 +75,15 @@ def test_ten_thousand_random_chains_complete_or_record_why_they_end(
     block: int, folder: Path
 ) -> None:
     for seed in range(block * _MANY_A_BLOCK, (block + 1) * _MANY_A_BLOCK):
-        play(seed, folder)
+        assert_ends_well(play(seed, folder))
+
+
+def test_chains_whose_driver_dies_and_is_started_again_end_well(folder: Path) -> None:
+    ends = [play(seed, folder) for seed in driven(range(_FOR_A_MUTANT))]
+    for end in ends:
+        assert_ends_well(end)
+    assert {end.kind for end in ends} == {"completed", "stopped"}
+    assert {fault for end in ends for fault in end.driver_faults} == {driver.KILLED, driver.SLOW}
 
 
 def test_the_chains_of_a_block_meet_every_fault_and_end_in_both_ways(folder: Path) -> None:
@@ -87,18 +111,41 @@ def test_chains_leave_no_file_open(folder: Path) -> None:
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-#: Chains in which a supervisor did wrong once, and what it had not heeded.
+#: Chains in which a supervisor did wrong once: what it had not heeded, and how it ends now.
 MENDED = {
-    "a link that died before it trained is a link of the budget": 1600,
-    "a link that was overtaken while it ended decides nothing": 4488,
-    "a waiting job that died before its link is not believed to wait": 1656,
-    "a failure in a job that its user cancels is no reason to go on": 8788,
+    "a link that died before it trained is a link of the budget": (1600, "stopped"),
+    "a link that was overtaken while it ended decides nothing": (4488, "completed"),
+    "a waiting job that died before its link is not believed to wait": (1656, "stopped"),
+    "a failure in a job that its user cancels is no reason to go on": (8788, "stopped"),
+    "a driver that asks how a job has ended is as patient as with the one before": (
+        8815,
+        "stopped",
+    ),
 }
 
 
 @pytest.mark.parametrize("lesson", MENDED)
 def test_a_chain_that_went_wrong_once_ends_well_now(lesson: str, folder: Path) -> None:
-    play(MENDED[lesson], folder)
+    seed, kind = MENDED[lesson]
+    end = play(seed, folder)
+    assert_ends_well(end)
+    assert end.kind == kind
+
+
+def test_a_link_that_was_overtaken_while_it_waited_starts_no_ranks(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    full = {"type": "OSError", "message": "[Errno 28] No space left on device", "step": 1}
+    files.write_json(add_link(run).rank_failure(0), full)
+    waited, started = [], []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        add_link(run)
+
+    around = link.Surroundings(sleep=sleep, start=lambda *_args, **_options: started.append(1))
+    with pytest.raises(Fenced, match="A newer link than 2"):
+        link.supervise(run, {}, around)
+    assert max(waited) >= 30 and not started
 
 
 # ---- what is left out is missed ----------------------------------------------------------------
@@ -150,6 +197,28 @@ def stale_knowledge(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(link._Supervisor, "_claim", claiming)
 
 
+def without_a_look_into_the_queue(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(drive, "find_jobs", lambda *_args: [])
+
+
+def reading_once(patch: pytest.MonkeyPatch) -> None:
+    """A driver does not read again what a link may have written with its last breath."""
+    look, read = drive.Driver.look, drive.read_story
+    known: list[Story] = []
+
+    def looking(self: drive.Driver) -> Any:
+        known.clear()
+        return look(self)
+
+    def reading(run: RunDir) -> Story:
+        if not known:
+            known.append(read(run))
+        return known[0]
+
+    patch.setattr(drive.Driver, "look", looking)
+    patch.setattr(drive, "read_story", reading)
+
+
 def no_queue_is_read_again(patch: pytest.MonkeyPatch) -> None:
     def trusting(self: Any, decision: Any) -> Any:
         return decision
@@ -185,8 +254,23 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
 }
 
 
-def play_until_one_fails(folder: Path) -> None:
-    for seed in range(_FOR_A_MUTANT):
+#: The same for whoever drives a chain from a login node.
+DRIVER_MUTATIONS: dict[str, tuple[Mutation, str]] = {
+    "it does not look into the queue": (without_a_look_into_the_queue, "although one lives"),
+    "it goes by what it read first": (reading_once, "queued although the chain has ended"),
+    "it heeds no job that was cancelled": (
+        always(drive.Driver, "_lost", None),
+        "although the user has ended the chain",
+    ),
+    "it records no reason": (
+        always(drive.Driver, "_record", None),
+        "the driver leaves without a recorded reason",
+    ),
+}
+
+
+def play_until_one_fails(folder: Path, seeds: Iterable[int] = range(_FOR_A_MUTANT)) -> None:
+    for seed in seeds:
         play(seed, folder)
 
 
@@ -203,6 +287,16 @@ def test_a_chain_without_one_of_its_safeguards_is_found_out(
     mutate(monkeypatch)
     with pytest.raises(Violation, match=words):
         play_until_one_fails(folder)
+
+
+@pytest.mark.parametrize("name", DRIVER_MUTATIONS)
+def test_a_driver_without_one_of_its_safeguards_is_found_out(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutate, words = DRIVER_MUTATIONS[name]
+    mutate(monkeypatch)
+    with pytest.raises(Violation, match=words):
+        play_until_one_fails(folder, driven(range(5 * _FOR_A_MUTANT)))
 
 
 def test_a_violation_names_its_seed_and_tells_the_story(
