@@ -129,7 +129,7 @@ class Driver:
     def _ends(self, story: Story) -> dict[str, JobInfo] | None:
         """How the jobs have ended that did not say so themselves; None: ask again."""
         claims = [k for k in story.links if k.number > story.after_link and story.ended(k) is None]
-        asked = [str(link.claim.get("job") or "") for link in claims] + _unclaimed(story)
+        asked = [str(link.claim.get("job") or "") for link in claims] + story.unclaimed()
         ids = [id for id in dict.fromkeys(asked) if id]
         jobs = self._scheduler.state(ids) if ids else {}
         if all(job.state.ended for job in jobs.values()):
@@ -140,7 +140,7 @@ class Driver:
 
     def _lost(self, story: Story, jobs: Mapping[str, JobInfo]) -> Decision | None:
         """A reason to stop in what became of jobs whose links have never begun."""
-        lost = _unclaimed(story)
+        lost = story.unclaimed()
         for id in lost:
             job = jobs.get(id)
             if job is not None and job.state is JobState.CANCELLED:
@@ -207,13 +207,3 @@ def _settled(story: Story) -> Decision | None:
         reason = f"cancelled by {story.cancelled}"
         return Decision(kind="stop", reason=reason, cause=Cause.CANCELLED)
     return None
-
-
-def _unclaimed(story: Story) -> list[str]:
-    """Jobs that were queued from here after the newest link, and whose own links never began."""
-    claimed = {str(link.claim.get("job")) for link in story.links}
-    newest = story.newest.number if story.newest is not None else 0
-    since = max(newest, story.after_link)
-    queued = [r for r in story.submissions if r["kind"] == "queued"]
-    ids = [str(r.get("queued_job")) for r in queued if int(r.get("after_link", 0)) >= since]
-    return [id for id in ids if id not in claimed]

@@ -107,6 +107,21 @@ class Story:
         rests = decided is not None and decided.get("decision") != "continue"
         return self.completed or rests or bool(self.cancelled)
 
+    def unclaimed(self) -> list[str]:
+        """The jobs that were queued since the last submission, and whose links never began.
+
+        Of those that were queued from a login node, only what came after the newest link counts.
+        """
+        starts = [n for n, r in enumerate(self.submissions) if r["kind"] == "submitted"]
+        newest = self.newest.number if self.newest is not None else 0
+        since = self.submissions[max(starts, default=0) :]
+        records = [r for r in since if int(r.get("after_link", 0)) >= newest]
+        for link in self.links:
+            records += link.records if link.number > self.after_link else []
+        claimed = {str(link.claim.get("job")) for link in self.links}
+        queued = (str(r.get("queued_job", "")) for r in records if r["kind"] == "queued")
+        return [id for id in dict.fromkeys(queued) if id and id not in claimed]
+
     def committed_step(self, link: LinkRecords) -> int:
         """The newest step that stood committed when a link had ended.
 

@@ -337,7 +337,10 @@ def test_a_chain_whose_waiting_jobs_all_died_is_stalled_and_resumes(scene: Scene
     wait_until("three deaths", lambda: not file.read_text(), 200)
     scene.nothing_queued()
     assert scene.status()["state"] == "stalled"
-    assert "link 1 ended (killed" in scene.why()
+    waited = ", ".join(str(record["queued_job"]) for record in scene.links()[0].all("queued"))
+    told = scene.why()
+    assert "link 1 ended (killed" in told
+    assert f"jobs {waited} ended before their links began (FAILED, exit code 3)" in told
     assert scene.command("resume", scene.run.name).returncode == 0
     scene.ends_like_the_uncut_run(links=2)
 

@@ -246,6 +246,62 @@ def test_end_that_slurm_alone_knows_is_asked_for(
     assert document["state"] == "stalled" and "job 1: NODE_FAIL" in document["sentence"]
 
 
+def queue(path: Path, *jobs: str, link: int) -> None:
+    """What whoever queues jobs records."""
+    journal = Journal(path, link=link, job=None)
+    for job in jobs:
+        journal.write("queued", queued_job=job, after_link=0)
+    journal.close()
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """Slurm's clients: no job is left, and the accounting knows of four that have died."""
+    slurm = FakeSlurm(tmp_path)
+    monkeypatch.setenv("PATH", slurm.path)
+    rows = [f"{job}|FAILED|3:0|gpu7|1795254439|1795254441|1795254428" for job in (1, 2, 4)]
+    rows.append("3|NODE_FAIL|0:0|gpu8|1795254439|1795254441|1795254428")
+    slurm.program("sacct", "\n".join(f"echo '{row}'" for row in rows))
+    return slurm
+
+
+def test_jobs_that_died_before_their_links_began_are_told_with_slurms_words(
+    runs: Path, said: Said, asked: FakeSlurm
+) -> None:
+    run = make_run(runs, cluster="slurm")
+    queue(run.submissions, "1", link=0)
+    link = add_link(run, job="1")
+    queue(link.journal, "2", "3", "4", link=1)
+    document = told(said, "toy")
+    assert document["state"] == "stalled"
+    assert document["sentence"].endswith(
+        "; link 1 ended (killed: job 1 failed (exit code 3)); jobs 2, 3, 4 ended before their "
+        "links began (FAILED, exit code 3; NODE_FAIL)."
+    )
+
+
+def test_first_job_that_died_before_its_link_began_is_told(
+    runs: Path, said: Said, asked: FakeSlurm
+) -> None:
+    queue(make_run(runs, cluster="slurm").submissions, "1", link=0)
+    assert told(said, "toy")["sentence"] == (
+        "toy is stalled at step 0: no job of it is queued, and none has ever begun; job 1 ended "
+        "before its link began (FAILED, exit code 3)."
+    )
+
+
+def test_jobs_of_an_earlier_submission_are_not_told_again(
+    runs: Path, said: Said, asked: FakeSlurm
+) -> None:
+    run = make_run(runs, cluster="slurm")
+    queue(run.submissions, "2", link=0)
+    journal = Journal(run.submissions, link=0, job=None)
+    journal.write("submitted", after_link=0, token="u", by="ada", host="login1")
+    journal.close()
+    queue(run.submissions, "4", link=0)
+    assert "; job 4 ended before" in told(said, "toy")["sentence"]
+
+
 def test_reason_of_slurm_is_told_in_words(
     runs: Path, said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,6 +484,7 @@ def test_torn_and_foreign_lines_hide_nothing(runs: Path, said: Said) -> None:
         {"kind": "decided", "decision": "stop", "numbers": {"links": "x", "hours": None}},
         {"kind": "ended", "cause": ["x"], "failure": {"step": []}, "nodes": 3, "seconds": "x"},
         {"kind": "stop_asked"},
+        {"kind": "queued"},
         {"kind": "ended", "how": "hung", "rank": "x"},
     ],
     ids=str,

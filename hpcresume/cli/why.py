@@ -77,7 +77,7 @@ class _Answer:
 
 
 def _ask(run: RunDir, story: Story) -> _Answer:
-    """The run's living jobs, and the end of a link that could not record its own."""
+    """The run's living jobs, and the ends of those that could not record their own."""
     scheduler = asking_scheduler(run, os.environ)
     if scheduler is None:
         return _Answer([])
@@ -87,9 +87,11 @@ def _ask(run: RunDir, story: Story) -> _Answer:
         try:
             jobs = find_jobs(scheduler, story.run_id)
             answer.jobs, answer.note = jobs, ""
-            lost = link_to_ask_about(story)
-            if lost and lost not in {job.id for job in jobs}:
-                answer.ends = dict(scheduler.state([lost]))
+            living = {"", *(job.id for job in jobs)}
+            asked = dict.fromkeys([link_to_ask_about(story), *story.unclaimed()])
+            gone = [id for id in asked if id not in living]
+            if gone:
+                answer.ends = dict(scheduler.state(gone))
         except Unavailable as error:
             answer.note = str(error)
 

@@ -94,7 +94,7 @@ def explain(
 ) -> Explanation:
     """Why a run stands as it does.
 
-    `jobs` are the scheduler's words on links without a recorded end, `settings` the frozen
+    `jobs` are the scheduler's words on ended jobs that no file tells of, `settings` the frozen
     configuration as plain values (empty where it cannot be read), `now` Unix time, and `called`
     what RUN is called in commands.
     """
@@ -108,6 +108,7 @@ def explain(
         decided={} if lives else story.decided() or {},
         settings=settings,
         now=now,
+        lost=[jobs[id] for id in story.unclaimed() if id in jobs and jobs[id].state.ended],
         called=shlex.quote(called),
     )
     link, last = view.shown, view.last

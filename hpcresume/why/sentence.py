@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hpcresume.chain import PLANNED, spent
 from hpcresume.display.tables import clock
+from hpcresume.scheduler.job import JobInfo
 from hpcresume.why.view import BUDGETS, View, node_of, told
 
 #: A sentence is cut where somebody's error message is a page.
@@ -81,10 +82,25 @@ def _stalled(view: View) -> str:
     if view.status.queued:
         return "its jobs wait, and nobody starts them"
     if not view.past:
-        return "no job of it is queued, and none has ever begun"
+        return f"no job of it is queued, and none has ever begun{_lost(view)}"
     last = view.past[-1]
     ended = f"link {last.number} ended ({told(last)})"
-    return f"no job is queued and no decision is recorded; {ended}"
+    return f"no job is queued and no decision is recorded; {ended}{_lost(view)}"
+
+
+def _lost(view: View) -> str:
+    """What became of the jobs that were to follow, in the scheduler's words."""
+    if not view.lost:
+        return ""
+    jobs = ", ".join(job.id for job in view.lost)
+    ends = dict.fromkeys(_end_words(job) for job in view.lost)
+    which, whose = ("jobs", "their links") if len(view.lost) > 1 else ("job", "its link")
+    return f"; {which} {jobs} ended before {whose} began ({'; '.join(ends)})"
+
+
+def _end_words(job: JobInfo) -> str:
+    word = job.raw_state or job.state.value
+    return f"{word}, exit code {job.exit_code}" if job.exit_code else word
 
 
 #: Slurm's reasons for which a job waits, in words.

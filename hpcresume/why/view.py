@@ -8,6 +8,7 @@ from typing import Any
 
 from hpcresume.chain import Cause, PastLink
 from hpcresume.journal import LinkRecords, Record
+from hpcresume.scheduler.job import JobInfo
 from hpcresume.status import RunStatus
 from hpcresume.story import Story
 
@@ -31,6 +32,8 @@ class View:
     """The frozen configuration as plain values; empty where it cannot be read."""
     now: float
     """Unix seconds."""
+    lost: Sequence[JobInfo]
+    """Jobs that ended before their links began, as the scheduler tells."""
     called: str
     """What RUN is called in commands."""
 
