@@ -128,6 +128,9 @@ def cause_of(evidence: Evidence) -> tuple[Cause, str]:
         return Cause.CANCELLED, "hpcresume cancel"
     if job is not None and job.state is JobState.CANCELLED:
         return Cause.CANCELLED, f"job {job.id}"
+    if failure is not None and failure.type == NON_FINITE:
+        # The next link would come to it again, whatever befell the job besides.
+        return Cause.NON_FINITE, failure.words
     if job is not None and job.state in _BY_STATE:
         return _BY_STATE[job.state], f"job {job.id}: {job.raw_state or job.state.value}"
     if failure is not None:
@@ -190,8 +193,6 @@ _HANG_WORDS = re.compile(
 
 
 def _failure_cause(failure: Failure) -> Cause:
-    if failure.type == NON_FINITE:
-        return Cause.NON_FINITE
     if failure.type == HANG or _HANG_WORDS.search(failure.message):
         return Cause.HANG
     if failure.exit_code == 9:

@@ -61,6 +61,8 @@ class Trained:
     failure: str = ""
     """Type of the exception that ended it."""
     failed_at: int = 0
+    overtaken: bool = False
+    """Whether a newer link had claimed when it failed."""
     ended: float = math.inf
     undisturbed: bool = False
     """Its supervisor lived to say how it ended, and nobody else ended the job."""
@@ -257,6 +259,7 @@ class SimulatedRanks:
         files.write_json(self._link.rank_failure(0), record, sync=False)
         self._journal.write("ended", how="failed", reason=f"{kind}: {message}")
         self.seen.failure, self.seen.failed_at = kind, failed_at
+        self.seen.overtaken = self._fenced()
         self._leave(code, "failed")
 
     def _leave(self, code: int, how: str) -> None:
