@@ -119,8 +119,7 @@ class Driver:
         history = past_links(story, jobs)
         decision = self._lost(story, jobs) or self._decide(history)
         if decision is not None and decision.kind != "continue":
-            self._record(story, history, decision)
-            return decision
+            return decision if self._recorded(story, history, decision) else None
         self._submit(story, history, decision)
         return None
 
@@ -180,11 +179,16 @@ class Driver:
         why = f": {decision.reason}" if decision is not None else ""
         log.info("next: job %s%s", job, why)
 
-    def _record(self, story: Story, history: Sequence[PastLink], decision: Decision) -> None:
-        """Leave the reason in the run, where a link would have left it: in a claim of its own."""
+    def _recorded(self, story: Story, history: Sequence[PastLink], decision: Decision) -> bool:
+        """Leave the reason in the run, where a link would have left it: in a claim of its own.
+
+        False where a link has begun meanwhile that was not known of.
+        """
         now = round(self._around.now(), 3)
         claim: Record = {"job": None, **this_process(), "num_tasks": 0, "t": now}
-        link = self._run.claim_link(claim)
+        link = self._run.claim_after(story.newest.number if story.newest else 0, claim)
+        if link is None:
+            return False
         unsaid = {k.number for k in story.links if story.ended(k) is None}
         journal = self._around.journal(link.journal, link=link.number, job=None)
         with contextlib.closing(journal):
@@ -192,6 +196,7 @@ class Driver:
                 if past.number in unsaid:
                     journal.write("ended", **end_of(past), of=past.number)
             journal.write("decided", **verdict_of(decision, history))
+        return True
 
 
 def _settled(story: Story) -> Decision | None:

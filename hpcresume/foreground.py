@@ -95,8 +95,7 @@ def _foreground(
         def berth_of(ranks: Ranks) -> Berth:
             number = None
             if ranks.rank == 0:
-                _check_free(run, environ)
-                number = run.claim_link(claim).number
+                number = _claimed(run, claim, environ).number
                 # Who starts it again wants it to go on, whatever was asked for before.
                 for request in (run.cancel, run.stop):
                     request.unlink(missing_ok=True)
@@ -164,6 +163,16 @@ def same_config(run: RunDir, config: RunConfig) -> None:
             f"{run.path} was begun with another configuration:\n  {lines}\nGo on with the old one "
             f"by --resume {run.name}, or give the new run another name by --name."
         )
+
+
+def _claimed(run: RunDir, claim: Mapping[str, Any], environ: Mapping[str, str]) -> LinkDir:
+    """The next link of a run. Raises RunLive where it has one that is alive."""
+    while True:
+        newest = run.newest_link()
+        _check_free(run, environ)
+        taken = run.claim_after(newest, claim)
+        if taken is not None:
+            return taken
 
 
 def _check_free(run: RunDir, environ: Mapping[str, str]) -> None:

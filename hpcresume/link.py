@@ -276,11 +276,9 @@ class _Supervisor:
         """The next number; None where other links have begun since the story was read.
 
         The scheduler's answer may have taken a minute, and its host may have been lost for hours:
-        what is known is old then. Raises RunLive where one began at this very moment.
+        what is known is old then.
         """
         newest = story.newest.number if story.newest is not None else 0
-        if self.run.newest_link() != newest:
-            return None
         num_tasks = self.job.num_tasks if self.job.scheduler == "slurm" else None
         wanted = self.config.scheduler.nodes * self.config.scheduler.tasks_per_node
         self.num_tasks = num_tasks or wanted
@@ -293,12 +291,9 @@ class _Supervisor:
             "num_tasks": self.num_tasks,
             "t": round(self.around.now(), 3),
         }
-        link = self.run.claim_link(claim)
-        if link.number != newest + 1:
-            raise RunLive(
-                f"Another link of {self.run.name} began at the same moment; this one leaves. "
-                f"`hpcresume status` shows the run."
-            )
+        link = self.run.claim_after(newest, claim)
+        if link is None:
+            return None
         self.journal = self.around.journal(link.journal, link=link.number, job=self.job.job_id)
         self.journal.write("claimed", host=claim["host"], nodes=self.job.node_list)
         log.info(

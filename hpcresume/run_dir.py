@@ -251,29 +251,35 @@ class RunDir:
         return max(self.link_numbers(), default=0)
 
     def claim_link(self, claim: Mapping[str, object]) -> LinkDir:
-        """Become the newest link, with the claim's content in place from the first moment.
-
-        The directory is prepared under a private name and renamed: rename(2) refuses a target
-        that is not empty, so that exactly one claimant gets a number. The content says how much
-        of the journals of the link before is adopted.
-        """
+        """Become the newest link, whichever was that before; see `claim_after`."""
         while True:
-            before = self.newest_link()
-            target = self.link(before + 1)
-            private = self.links / f".claim.{os.getpid()}.{secrets.token_hex(4)}"
-            private.mkdir(mode=0o700)
-            content = dict(claim, link=target.number, adopted=self._sizes(before))
-            try:
-                files.write_new(private / target.claim.name, files.to_json(content, indent=2))
-                files.fsync_dir(private)
-                os.rename(private, target.path)
-            except OSError:
-                shutil.rmtree(private, ignore_errors=True)
-                if not target.path.exists():
-                    raise
-                continue
-            files.fsync_dir(self.links)
-            return target
+            taken = self.claim_after(self.newest_link(), claim)
+            if taken is not None:
+                return taken
+
+    def claim_after(self, newest: int, claim: Mapping[str, object]) -> LinkDir | None:
+        """Become the link that follows number `newest`; None where another one is that already.
+
+        So nobody overtakes a link that it does not know of. The directory is prepared under a
+        private name, with the claim's content in it, and renamed: rename(2) refuses a target that
+        is not empty, so that exactly one claimant gets a number. The content says how much of the
+        journals of the link before is adopted.
+        """
+        target = self.link(newest + 1)
+        private = self.links / f".claim.{os.getpid()}.{secrets.token_hex(4)}"
+        private.mkdir(mode=0o700)
+        content = dict(claim, link=target.number, adopted=self._sizes(newest))
+        try:
+            files.write_new(private / target.claim.name, files.to_json(content, indent=2))
+            files.fsync_dir(private)
+            os.rename(private, target.path)
+        except OSError:
+            shutil.rmtree(private, ignore_errors=True)
+            if not target.path.exists():
+                raise
+            return None
+        files.fsync_dir(self.links)
+        return target
 
     def _sizes(self, number: int) -> dict[str, int]:
         link = self.link(number)

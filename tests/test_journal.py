@@ -348,6 +348,13 @@ def test_claimants_that_lost_a_number_leave_nothing_behind(races: list[dict[str,
     assert [race["left"] for race in races] == [[]] * len(races)
 
 
+def test_claim_after_a_link_that_is_not_the_newest_is_refused(run: RunDir) -> None:
+    first, second = run.claim_after(0, {"job": "1"}), run.claim_after(0, {"job": "2"})
+    assert first is not None and second is None
+    assert [path.name for path in run.links.iterdir()] == ["0001"]
+    assert files.read_json(run.link(1).claim)["job"] == "1"
+
+
 CLAIM = """
 import sys
 from pathlib import Path

@@ -45,16 +45,12 @@ class SimulatedRun(RunDir):
 
     chain: Any = None
 
-    def claim_link(self, claim: Any) -> LinkDir:
-        self.chain.racing = True
-        taken = super().claim_link(claim)
-        self.chain.claimed(taken.number)
-        return taken
-
-    def newest_link(self) -> int:
-        newest = super().newest_link()
+    def claim_after(self, newest: int, claim: Any) -> LinkDir | None:
         self.chain.race()
-        return newest
+        taken = super().claim_after(newest, claim)
+        if taken is not None:
+            self.chain.claimed(taken.number, newest)
+        return taken
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,6 @@ class SimulatedChain:
         self.cluster.check_queueing = self._check_queueing
         self.truth = ranks.Truth()
         self.run = SimulatedRun(folder / "chain", chain=self)
-        self.racing = False
         self.owners: dict[int, str] = {}
         self.drawn: list[str] = []
         self.cancelled_at = math.inf
@@ -265,19 +260,17 @@ class SimulatedChain:
 
     def race(self) -> None:
         """Between a look at the links and a claim, another job may take the number."""
-        if not self.racing:
-            return
-        self.racing = False
         life = self.cluster.life
-        if life.fault == "node lost and back" and self._others(life.job):
+        if life.fault == "node lost and back" and (self._others(life.job) or self._driven()):
             self._lose_node(life)
 
-    def claimed(self, number: int) -> None:
-        self.racing = False
+    def claimed(self, number: int, newest: int) -> None:
         job = self.cluster.life.job
         start = f"{job.id}.{job.restarts}"
         if number in self.owners:
             raise Violation(f"link {number} is claimed by jobs {self.owners[number]} and {start}")
+        if number != newest + 1:
+            raise Violation(f"job {start} overtakes link {number - 1}, which it does not know of")
         self.owners[number] = start
         self.tell(f"job {job.id} claims link {number}")
         self.cluster.moment()
@@ -372,8 +365,11 @@ class SimulatedChain:
 
     def _followed(self, job: Job) -> bool:
         """Whether somebody is there to go on after a job."""
-        driven = self.driver is not None and self.driver.over is None
-        return bool(self._others(job)) or job.requeue or driven
+        return bool(self._others(job)) or job.requeue or self._driven()
+
+    def _driven(self) -> bool:
+        """Whether there is a driver, who sees to the next job."""
+        return self.driver is not None and self.driver.over is None
 
     def _others(self, job: Job) -> list[Job]:
         return [other for other in self.cluster.waiting() if other is not job]

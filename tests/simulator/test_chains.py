@@ -22,9 +22,10 @@ from made_run import add_link, make_run
 
 from hpcresume import drive, files, link, successors
 from hpcresume.chain import decisions
+from hpcresume.config import read_frozen
 from hpcresume.errors import Fenced
 from hpcresume.run_dir import RunDir
-from hpcresume.story import Story
+from hpcresume.story import Story, read_story
 
 #: Chains of each test, and of the mutants until one must have been noticed.
 _A_BLOCK, _MANY_A_BLOCK, _FOR_A_MUTANT = 100, 500, 600
@@ -148,6 +149,34 @@ def test_a_link_that_was_overtaken_while_it_waited_starts_no_ranks(tmp_path: Pat
     assert max(waited) >= 30 and not started
 
 
+class Resumed:
+    """A queue in which a run has no job; while one asks it, somebody resumes the run."""
+
+    name = "slurm"
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+
+    def find(self, _token: str) -> list[Any]:
+        return []
+
+    def state(self, _ids: Any) -> dict[str, Any]:
+        add_link(self._run)
+        return {}
+
+
+def test_a_driver_does_not_end_a_chain_with_a_link_that_it_does_not_know_of(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path, cluster="slurm")
+    loss = {"type": "NonFinite", "message": "loss was nan", "step": 1}
+    files.write_json(add_link(run).rank_failure(0), loss)
+    scheduler: Any = Resumed(run)
+    assert drive.Driver(run, read_frozen(run.config), scheduler).look() is None
+    assert run.newest_link() == 2
+    assert read_story(run).decided() is None
+
+
 # ---- what is left out is missed ----------------------------------------------------------------
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
@@ -179,6 +208,19 @@ def claims_that_replace(patch: pytest.MonkeyPatch) -> None:
         rename(source, target)
 
     patch.setattr(os, "rename", replacing)
+
+
+def claims_of_any_number(patch: pytest.MonkeyPatch) -> None:
+    """Who comes too late for a number takes the one after it."""
+    claim_after = RunDir.claim_after
+
+    def claiming(self: RunDir, _newest: int, claim: Any) -> Any:
+        taken = None
+        while taken is None:
+            taken = claim_after(self, self.newest_link(), claim)
+        return taken
+
+    patch.setattr(RunDir, "claim_after", claiming)
 
 
 def stale_knowledge(patch: pytest.MonkeyPatch) -> None:
@@ -236,6 +278,7 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "no row for crashes": (without_row("_too_many_crashes"), "more crashes than the budget"),
     "never fenced": (always(link._Supervisor, "_fenced", False), "trains on although a newer"),
     "claims that replace": (claims_that_replace, r"is claimed by jobs \S+ and \S+"),
+    "claims of any number": (claims_of_any_number, "which it does not know of"),
     "stale knowledge": (stale_knowledge, "although training is complete"),
     "the queue is not read again": (no_queue_is_read_again, "hands over to nobody"),
     "no next link where the scheduler is silent": (
@@ -263,7 +306,7 @@ DRIVER_MUTATIONS: dict[str, tuple[Mutation, str]] = {
         "although the user has ended the chain",
     ),
     "it records no reason": (
-        always(drive.Driver, "_record", None),
+        always(drive.Driver, "_recorded", True),
         "the driver leaves without a recorded reason",
     ),
 }
