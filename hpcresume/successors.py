@@ -82,6 +82,11 @@ def lead_s(config: RunConfig, links: Sequence[LinkRecords]) -> float:
     return lead_time(durations, steps, guess_s=10.0)
 
 
+def longest_save_s(links: Sequence[LinkRecords]) -> float:
+    """What the next link takes a save to last until it has measured one; 0 where none has."""
+    return max((float(r["seconds"]) for r in saves(links) if "seconds" in r), default=0.0)
+
+
 def saves(links: Sequence[LinkRecords]) -> list[Record]:
     """The newest saves of a run."""
     return [record for link in links for record in link.all("saved")][-32:]

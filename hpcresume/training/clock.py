@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from hpcresume import files
@@ -34,15 +34,27 @@ def _p95(values: Iterable[float]) -> float:
 
 
 class Clock:
-    """Durations of steps and saves, and whether it is time to stop."""
+    """Durations of steps and saves, and whether it is time to stop.
+
+    `monotonic` and `now` tell the time; a simulation hands in its own.
+    """
 
     def __init__(
-        self, *, end_time: float | None, file: Path | None, lead_s: float | None, guess_s: float
+        self,
+        *,
+        end_time: float | None,
+        file: Path | None,
+        lead_s: float | None,
+        guess_s: float,
+        monotonic: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
     ) -> None:
+        self._monotonic = monotonic
+        self._now = now
         self._file = file
         self._fixed_lead_s = lead_s
         self._guess_s = guess_s
-        self._end = None if end_time is None else _monotonic(end_time)
+        self._end = None if end_time is None else self._on_monotonic(end_time)
         self._read_at = 0.0
         self._steps: deque[float] = deque(maxlen=256)
         self._busy: dict[str, float] = {}
@@ -71,13 +83,13 @@ class Clock:
 
     def remaining_s(self) -> float | None:
         """Seconds to the job's end; None without a limit."""
-        now = time.monotonic()
+        now = self._monotonic()
         if self._file is not None and now - self._read_at >= _REREAD_S:
             self._read_at = now
             content = files.read_json_or_none(self._file)
             if isinstance(content, dict) and "end" in content:
                 end = content["end"]
-                self._end = None if end is None else _monotonic(float(end))
+                self._end = None if end is None else self._on_monotonic(float(end))
         return None if self._end is None else self._end - now
 
     def has_time_for_a_save(self) -> bool:
@@ -90,6 +102,5 @@ class Clock:
         remaining = self.remaining_s()
         return remaining is not None and remaining <= self.lead_s()
 
-
-def _monotonic(unix: float) -> float:
-    return time.monotonic() + unix - time.time()
+    def _on_monotonic(self, unix: float) -> float:
+        return self._monotonic() + unix - self._now()
