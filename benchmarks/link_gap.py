@@ -14,21 +14,14 @@ Measured on a real Slurm of its own (tests/slurm_cluster.py; needs root and Debi
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+from slurm_runs import SlurmCluster, bare, lines, python
 
-from slurm_cluster import SlurmCluster  # noqa: E402
-
-from hpcresume.journal import read_chain  # noqa: E402
-from hpcresume.run_dir import RunDir  # noqa: E402
+from hpcresume.journal import read_chain
+from hpcresume.run_dir import RunDir
 
 TRAIN = """
 import time, torch, hpcresume
@@ -79,51 +72,13 @@ print(executor.submit(Work(sys.argv[1] + "/notes")).job_id)
 """
 
 
-def environ(cluster: SlurmCluster) -> dict[str, str]:
-    return {**os.environ, **cluster.env, "OMP_NUM_THREADS": "1", "HPCRESUME_SITE": os.devnull}
-
-
-def bare(cluster: SlurmCluster, folder: Path, pairs: int) -> list[float]:
-    """Seconds from the last word of a job to torch imported in the one that depends on it."""
-    gaps = []
-    for number in range(pairs):
-        times = folder / f"bare-{number}"
-        python = f"exec '{sys.executable}' -c"
-        note = f"open({str(times)!r}, 'a').write(f'{{time.time()}}\\n')"
-        first = _sbatch(cluster, folder, f'{python} "import torch, time; time.sleep(2); {note}"')
-        _sbatch(cluster, folder, f'{python} "import torch, time; {note}"', first)
-        ended, imported = _lines(times, 2)
-        gaps.append(imported - ended)
-    return gaps
-
-
-def _sbatch(cluster: SlurmCluster, folder: Path, command: str, after: str | None = None) -> str:
-    script = folder / "bare.sh"
-    script.write_text(f"#!/bin/bash\n{command}\n")
-    depends = [f"--dependency=afterany:{after}"] if after else []
-    output = f"--output={folder}/bare.log"
-    return cluster.run("sbatch", "--parsable", "--time=1", output, *depends, str(script)).strip()
-
-
-def _lines(path: Path, count: int, timeout_s: float = 400) -> list[float]:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if path.exists():
-            found = [float(line.split()[-1]) for line in path.read_text().splitlines()]
-            if len(found) >= count:
-                return found
-        time.sleep(0.1)
-    raise SystemExit(f"{path} did not get {count} lines in {timeout_s:g} s")
-
-
 def chained(cluster: SlurmCluster, folder: Path, links: int) -> list[float]:
     """Seconds from each link's last commit to the next link's first step."""
     (folder / "train.py").write_text(TRAIN)
     (folder / "gap.yaml").write_text(CONFIG % links)
-    argv = [sys.executable, "-m", "hpcresume", "submit", "gap.yaml"]
-    subprocess.run(argv, cwd=folder, env=environ(cluster), check=True, capture_output=True)
+    python(cluster, folder, "-m", "hpcresume", "submit", "gap.yaml")
     run = RunDir(folder / "runs" / "gap")
-    first = _lines(run.path / "first-steps", links)
+    first = lines(run.path / "first-steps", links)
     cluster.wait_idle(90)
     saved = [link.last("saved") for link in read_chain(run)]
     last = [float(record["t"]) for record in saved if record]
@@ -136,12 +91,9 @@ def requeued(cluster: SlurmCluster, folder: Path) -> float:
     script.write_text(SUBMITIT)
     work = folder / "submitit"
     work.mkdir()
-    argv = [sys.executable, str(script), str(work)]
-    done = subprocess.run(
-        argv, env=environ(cluster), check=True, capture_output=True, text=True, cwd=folder
-    )
-    _, checkpoint, start = _lines(work / "notes", 3)[:3]
-    cluster.run("scancel", done.stdout.strip())
+    job = python(cluster, folder, str(script), str(work)).strip()
+    _, checkpoint, start = lines(work / "notes", 3)[:3]
+    cluster.run("scancel", job)
     return start - checkpoint
 
 
