@@ -1,4 +1,4 @@
-"""The benchmark of checkpoints: it runs, tells every figure, and keeps to its own rules."""
+"""The benchmarks of checkpoints and of chains: they run, and keep to their own rules."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import mmap
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,13 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import chain_efficiency  # noqa: E402
 import checkpoint  # noqa: E402
+from chain_model import hpcresume_chain, submitit_chain, with_gap  # noqa: E402
 from checkpoint_payload import forget  # noqa: E402
 from checkpoint_rows import MOST, Bar, Row, Unmeasurable, as_markdown, measure  # noqa: E402
+
+from hpcresume.checkpoint.cadence import Cadence  # noqa: E402
 
 FIGURES = [
     "stall / copy in memory",
@@ -145,3 +151,61 @@ def test_a_file_that_stays_in_memory_is_not_called_cold(tmp_path: Path) -> None:
         sum(pages[:: mmap.PAGESIZE])
         with pytest.raises(Unmeasurable, match="100% of the files stay in memory"):
             forget([path])
+
+
+# ---- chains --------------------------------------------------------------------------------
+
+FIXED = chain_efficiency.FIXED
+lengths = pytest.mark.parametrize("limit_s", sorted(chain_efficiency.BARS))
+
+
+@cache
+def chains() -> list[chain_efficiency.Row]:
+    held = with_gap(FIXED, chain_efficiency.HOLD_S)
+    return list(chain_efficiency.rows(FIXED, held))
+
+
+def chains_of(limit_s: float) -> tuple[list[chain_efficiency.Row], chain_efficiency.Row]:
+    """hpcresume's, and submitit's."""
+    *own, submitit = [row for row in chains() if row.limit_s == limit_s]
+    return own, submitit
+
+
+@lengths
+def test_a_chain_of_the_model_trains_as_much_of_a_link_as_its_bar_asks(limit_s: float) -> None:
+    own, _ = chains_of(limit_s)
+    assert [row.verdict for row in own] == ["met", "met"]
+    assert all(row.bar == chain_efficiency.BARS[limit_s] <= row.efficiency for row in own)
+
+
+@lengths
+def test_a_chain_of_the_model_is_ahead_of_submitit_s(limit_s: float) -> None:
+    own, submitit = chains_of(limit_s)
+    assert all(row.of_wall > submitit.of_wall for row in own)
+    assert all(row.efficiency > submitit.efficiency for row in own)
+
+
+def test_what_the_model_tells_are_shares_of_what_is_possible() -> None:
+    assert len(chains()) == 3 * len(chain_efficiency.BARS)
+    for row in chains():
+        assert 0 < row.of_wall < row.efficiency <= 1
+        assert 0 < row.first <= 1
+
+
+def test_no_last_save_of_the_model_comes_too_late() -> None:
+    assert [row.late for row in chains()] == [0] * len(chains())
+
+
+def test_the_report_has_a_line_for_each_chain() -> None:
+    told = chain_efficiency.as_table("title", chains()).splitlines()
+    assert told[0] == "title"
+    body = [line.strip("| ").split(" | ") for line in told[4:]]
+    assert [cells[1].strip() for cells in body] == [row.tool for row in chains()]
+
+
+def test_a_chain_whose_links_are_too_short_to_train_says_so() -> None:
+    slow = replace(FIXED, start_up_s=601.0)
+    with pytest.raises(RuntimeError, match="limit is too short"):
+        hpcresume_chain(slow, limit_s=600.0, work_s=600.0, cadence=Cadence())
+    with pytest.raises(RuntimeError, match="limit is too short"):
+        submitit_chain(slow, limit_s=600.0, work_s=600.0)
