@@ -61,6 +61,11 @@ class Life:
     saved_at: float = 0.0
 
     @property
+    def start_up_s(self) -> float:
+        """From the start to the first step; 0 where it did not come so far."""
+        return self.first_step_at - self.start if self.first_step_at else 0.0
+
+    @property
     def committed_s(self) -> float:
         """Seconds of training that the last save of this life holds, and none before."""
         return sum(took for step, took in self.steps.items() if step <= self.saved_step)
@@ -150,7 +155,6 @@ def _starts(cluster: SlurmCluster, job: str) -> list[float]:
 
 def _chain(lives: list[Life], task: Task) -> Chain:
     first, last = lives[0], lives[-1]
-    started = [life for life in lives if life.first_step_at]
     saved = [life for life in lives if life.saved_at]
     gaps = [
         after.start - before.saved_at
@@ -158,7 +162,7 @@ def _chain(lives: list[Life], task: Task) -> Chain:
         if before.saved_at
     ]
     inputs = Inputs(
-        start_up_s=statistics.median(life.first_step_at - life.start for life in started),
+        start_up_s=statistics.median(life.start_up_s for life in lives if life.first_step_at),
         step_s=statistics.median(took for life in lives for took in life.steps.values()),
         save_s=statistics.median(life.save_s for life in saved),
         first_stall_s=statistics.median(life.stall_s for life in saved),
@@ -169,6 +173,8 @@ def _chain(lives: list[Life], task: Task) -> Chain:
     links = [
         LinkPlayed(
             life.committed_s,
+            # By its own start and save: they differ more than those of a model.
+            LIMIT_S - (life.start_up_s or inputs.start_up_s) - life.save_s - inputs.step_s,
             (life.saved_at or life.start) - life.start,
             life.saved_at > life.start + LIMIT_S,
         )
@@ -178,6 +184,5 @@ def _chain(lives: list[Life], task: Task) -> Chain:
         limit_s=LIMIT_S,
         links=links,
         wall_s=last.saved_at - first.start,
-        possible_s=LIMIT_S - inputs.start_up_s - inputs.save_s - inputs.step_s,
     )
     return Chain(played, inputs)

@@ -40,7 +40,7 @@ from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.environment import RankPlace
 from hpcresume.session import SLOW_DISK_BYTES_S
 from hpcresume.signals import SignalFlags
-from hpcresume.successors import longest_save_s
+from hpcresume.successors import save_durations
 from hpcresume.training.berth import Berth
 from hpcresume.training.clock import Clock
 from hpcresume.training.distributed import Ranks
@@ -82,10 +82,17 @@ class LinkPlayed:
 
     committed_s: float
     """Seconds of training that the link has added to what is committed."""
+    possible_s: float
+    """What it could train at most: its limit without a start, a save and a step."""
     wall_s: float
     """From the job's start to the end of its last save."""
     late: bool = False
     """Its last save was not over when the job's time was."""
+
+    @property
+    def efficiency(self) -> float:
+        """The share of what it could train."""
+        return self.committed_s / self.possible_s
 
 
 @dataclass(frozen=True)
@@ -96,19 +103,16 @@ class ChainPlayed:
     links: list[LinkPlayed]
     wall_s: float
     """From the first job's start to the last save."""
-    possible_s: float
-    """What a link could train at most: its limit without a start, a save and a step."""
 
     @property
     def first(self) -> float:
         """The first link's share of what it could train: nothing has been measured yet."""
-        return self.links[0].committed_s / self.possible_s
+        return self.links[0].efficiency
 
     @property
     def efficiency(self) -> float:
         """The mean share of what a link could train, of all links that their limit ended."""
-        whole = [link.committed_s for link in self.links[:-1]]
-        return statistics.mean(whole) / self.possible_s
+        return statistics.mean(link.efficiency for link in self.links[:-1])
 
     @property
     def of_wall(self) -> float:
@@ -126,8 +130,12 @@ def _chain(limit_s: float, inputs: Inputs, links: list[LinkPlayed]) -> ChainPlay
         limit_s=limit_s,
         links=links,
         wall_s=sum(link.wall_s for link in links) + inputs.gap_s * (len(links) - 1),
-        possible_s=limit_s - inputs.start_up_s - inputs.save_s - inputs.step_s,
     )
+
+
+def possible_s(limit_s: float, inputs: Inputs) -> float:
+    """What a link could train at most, in seconds."""
+    return limit_s - inputs.start_up_s - inputs.save_s - inputs.step_s
 
 
 # ---- hpcresume -----------------------------------------------------------------------------
@@ -180,7 +188,8 @@ class _Link:
             end_time=_EPOCH + self.limit_s,
             file=None,
             lead_s=None,
-            guess_s=longest_save_s(self.past),
+            guess_s=0.0,
+            saves=save_durations(self.past),
             monotonic=lambda: _BOOTED + self.elapsed_s,
             now=lambda: _EPOCH + self.elapsed_s,
         )
@@ -190,14 +199,18 @@ class _Link:
         self.clock.guess(self.inputs.payload_bytes / SLOW_DISK_BYTES_S)
         if stops.look() is not None:
             # It starts too late for a step, and has nothing new to save.
-            return LinkPlayed(0.0, self.elapsed_s)
+            return self._played(0.0, late=False)
         while self.trained_s < left_s:
             self._step()
             if stops.why(_BOOTED + self.elapsed_s) is not None:
                 break
             self._save_if_due()
         late = not self._save_at_the_end()
-        return LinkPlayed(self.committed_s, self.elapsed_s, late)
+        return self._played(self.committed_s, late=late)
+
+    def _played(self, committed_s: float, *, late: bool) -> LinkPlayed:
+        possible = possible_s(self.limit_s, self.inputs)
+        return LinkPlayed(committed_s, possible, self.elapsed_s, late)
 
     def _spend(self, seconds: float) -> None:
         self.elapsed_s += seconds
@@ -324,7 +337,8 @@ def _submitit_link(
         trained_s += took_s
     elapsed_s += _noisy(dice, inputs.save_s, inputs.save_noise)
     late = elapsed_s > limit_s
-    return LinkPlayed(0.0 if late else trained_s, min(elapsed_s, limit_s), late)
+    committed_s = 0.0 if late else trained_s
+    return LinkPlayed(committed_s, possible_s(limit_s, inputs), min(elapsed_s, limit_s), late)
 
 
 def _noisy(dice: Random, seconds: float, sigma: float) -> float:

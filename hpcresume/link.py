@@ -40,7 +40,7 @@ from hpcresume.story import (
     read_story,
     this_process,
 )
-from hpcresume.successors import Successors, lead_s, longest_save_s
+from hpcresume.successors import Successors, lead_s, save_durations
 from hpcresume.training.heartbeat import Hang, Watchdog
 
 log = logging.getLogger(__name__)
@@ -335,12 +335,13 @@ class _Supervisor:
     def _start(self, link: LinkDir, history: Sequence[PastLink]) -> step.Step:
         assert self.journal is not None
         self._publish_end(link)
+        durations = save_durations(self.past)
         environ = {
             "HPCRESUME_RUN": str(self.run.path),
             "HPCRESUME_LINK": str(link.number),
             "HPCRESUME_STOP": str(link.stop),
             "HPCRESUME_LEAD_S": f"{self.lead_s:.1f}",
-            "HPCRESUME_SAVE_GUESS_S": f"{longest_save_s(self.past):.3f}",
+            "HPCRESUME_SAVES_S": " ".join(f"{seconds:.3f}" for seconds in durations),
             "MASTER_ADDR": _master_address(self.job),
             "MASTER_PORT": str(_free_port()),
         }

@@ -127,7 +127,8 @@ def run_rank(run: RunDir, number: int, environ: Mapping[str, str]) -> int:
             end_time=None,
             file=link.deadline,
             lead_s=config.chain.lead_s,
-            guess_s=float(environ.get("HPCRESUME_SAVE_GUESS_S", "0")),
+            guess_s=0.0,
+            saves=map(float, environ.get("HPCRESUME_SAVES_S", "").split()),
         )
         try:
             train = load_train(config.train, code_roots(run))

@@ -77,14 +77,13 @@ def lead_s(config: RunConfig, links: Sequence[LinkRecords]) -> float:
     """How long before a job's end the last save must begin, as links have measured it; seconds."""
     if config.chain.lead_s is not None:
         return config.chain.lead_s
-    records = saves(links)
-    durations, steps = ([r[name] for r in records if name in r] for name in ("seconds", "step_s"))
-    return lead_time(durations, steps, guess_s=10.0)
+    steps = [record["step_s"] for record in saves(links) if "step_s" in record]
+    return lead_time(save_durations(links), steps, guess_s=10.0)
 
 
-def longest_save_s(links: Sequence[LinkRecords]) -> float:
-    """What the next link takes a save to last until it has measured one; 0 where none has."""
-    return max((float(r["seconds"]) for r in saves(links) if "seconds" in r), default=0.0)
+def save_durations(links: Sequence[LinkRecords]) -> list[float]:
+    """How long the newest saves of a run took, in seconds, the newest last."""
+    return [float(record["seconds"]) for record in saves(links) if "seconds" in record]
 
 
 def saves(links: Sequence[LinkRecords]) -> list[Record]:

@@ -196,6 +196,15 @@ def test_no_last_save_of_the_model_comes_too_late() -> None:
     assert [row.late for row in chains()] == [0] * len(chains())
 
 
+def test_saves_of_a_minute_on_a_restless_disk_are_in_time_all_the_same() -> None:
+    restless = replace(FIXED, save_s=60.0, save_noise=0.1)
+    for seed in range(6):
+        played = hpcresume_chain(
+            restless, limit_s=1200.0, work_s=27000.0, cadence=Cadence(minutes=5.0), seed=seed
+        )
+        assert played.late == 0 and len(played.links) > 20
+
+
 def test_the_report_has_a_line_for_each_chain() -> None:
     told = chain_efficiency.as_table("title", chains()).splitlines()
     assert told[0] == "title"

@@ -16,16 +16,22 @@ from hpcresume import files
 _REREAD_S = 1.0
 #: Slack of the lead time, in seconds: start of the save, end of the processes.
 MARGIN_S = 5.0
+#: How much longer than the p95 of those measured a save may take, as a share: that p95 is of a few
+#: saves, and of those that take minutes one in some exceeds it by more than five seconds.
+SPREAD = 0.25
 
 
 def lead_time(saves_s: Sequence[float], steps_s: Sequence[float], *, guess_s: float) -> float:
     """How long before a job's end the last save must begin, in seconds.
 
     p95 of the measured saves, plus the longest of the steps (the stop is seen at a boundary),
-    plus a margin. `guess_s` stands for the saves until one has been measured.
+    plus a margin: MARGIN_S, or the share SPREAD of a long save. `guess_s`, which is generous,
+    stands for the saves until one has been measured.
     """
-    save = _p95(saves_s) if saves_s else guess_s
-    return save + _p95(steps_s) + MARGIN_S
+    if not saves_s:
+        return guess_s + _p95(steps_s) + MARGIN_S
+    save = _p95(saves_s)
+    return save + _p95(steps_s) + max(MARGIN_S, SPREAD * save)
 
 
 def _p95(values: Iterable[float]) -> float:
@@ -36,6 +42,7 @@ def _p95(values: Iterable[float]) -> float:
 class Clock:
     """Durations of steps and saves, and whether it is time to stop.
 
+    `saves` are the durations of saves that links before have measured, the newest last.
     `monotonic` and `now` tell the time; a simulation hands in its own.
     """
 
@@ -46,6 +53,7 @@ class Clock:
         file: Path | None,
         lead_s: float | None,
         guess_s: float,
+        saves: Iterable[float] = (),
         monotonic: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -58,12 +66,17 @@ class Clock:
         self._read_at = 0.0
         self._steps: deque[float] = deque(maxlen=256)
         self._busy: dict[str, float] = {}
-        self.saves: deque[float] = deque(maxlen=32)
+        self.saves: deque[float] = deque(saves, maxlen=32)
 
     def guess(self, save_s: float) -> None:
-        """A first guess of a save's duration, where history had none to tell."""
+        """A first guess of a save's duration, where history had none to tell.
+
+        At most half of what is left of the job: a link that stops before its first step measures
+        nothing, and then no link ever would.
+        """
         if not self.saves and not self._guess_s:
-            self._guess_s = save_s
+            remaining = self.remaining_s()
+            self._guess_s = save_s if remaining is None else min(save_s, max(0.0, remaining / 2))
 
     def step_took(self, seconds: float) -> None:
         """Note the duration of a step."""
