@@ -414,10 +414,10 @@ def newest_verified(run: RunDir) -> tuple[int, dict[int, str]]:
     return 0 if found is None else found.committed.step, bad
 
 
-def saved_steps(run: RunDir) -> list[int]:
-    """The steps that the links of a run have acknowledged, in their journals."""
+def saved_steps(run: RunDir, *kinds: str) -> list[int]:
+    """The steps that the links of a run have acknowledged, in their journals: saved, or `kinds`."""
     records = [r for n in run.link_numbers() for r in files.read_lines(run.link(n).training)]
-    return [record["step"] for record in records if record["kind"] == "saved"]
+    return [record["step"] for record in records if record["kind"] in (kinds or ("saved",))]
 
 
 def payload(folder: Path) -> dict[str, bytes]:
