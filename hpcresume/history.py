@@ -61,6 +61,7 @@ def past_link(story: Story, link: LinkRecords, job: JobInfo | None) -> PastLink:
     first = int(restored["step"]) if restored else committed
     times = [float(r["t"]) for r in link.records] or [_seconds(link.claim.get("t"))]
     num_nodes = _number(link.claim.get("num_nodes"))
+    retries = _retries(link)
     if record is not None:
         failure = _recorded_failure(story.run, link, record)
         nodes = record.get("nodes")
@@ -74,6 +75,7 @@ def past_link(story: Story, link: LinkRecords, job: JobInfo | None) -> PastLink:
             detail=str(record.get("detail", "")),
             seconds=_seconds(record.get("seconds")),
             nodes=tuple(map(str, nodes)) if isinstance(nodes, list) else (),
+            retries=retries,
             num_nodes=num_nodes,
             ended_at=max(times),
         )
@@ -89,9 +91,17 @@ def past_link(story: Story, link: LinkRecords, job: JobInfo | None) -> PastLink:
         detail=detail,
         seconds=_lasted(job, times),
         nodes=failed_nodes(link) if cause in NODE_CAUSES else (),
+        retries=retries,
         num_nodes=num_nodes,
         ended_at=max(times),
     )
+
+
+def _retries(link: LinkRecords) -> int:
+    count = 0
+    for record in link.all("saved", "retried"):
+        count = count + 1 if record["kind"] == "retried" else 0
+    return count
 
 
 def _lasted(job: JobInfo | None, times: Sequence[float]) -> float:
@@ -144,15 +154,17 @@ def gather(
     run: RunDir, link: LinkRecords, job: JobInfo | None, *, exit_code: int | None, user_stop: str
 ) -> Evidence:
     """The evidence on a link's end."""
-    asked = link.last("stop_asked")
+    asked, done = link.last("stop_asked"), link.last("completed")
     told = next((r for r in reversed(link.all("ended")) if "how" in r), {})
     failure = first_failure(run, link.number, num_tasks(link))
     if failure is None and told.get("how") == "hung":
         failure = _hang(told)
     return Evidence(
         job=job,
-        completed=link.last("completed") is not None,
+        completed=done is not None,
+        judged=str(done.get("judged", "")) if done is not None else "",
         how=str(told.get("how", "")),
+        why=str(told.get("reason", "")),
         asked=str(asked.get("reason", "")) if asked else "",
         failure=failure,
         exit_code=exit_code,

@@ -342,6 +342,7 @@ class _Supervisor:
             "HPCRESUME_STOP": str(link.stop),
             "HPCRESUME_LEAD_S": f"{self.lead_s:.1f}",
             "HPCRESUME_SAVES_S": " ".join(f"{seconds:.3f}" for seconds in durations),
+            "HPCRESUME_CRASHES": str(chain.spent(history).crashes),
             "MASTER_ADDR": _master_address(self.job),
             "MASTER_PORT": str(_free_port()),
         }
@@ -369,7 +370,9 @@ class _Supervisor:
     def _watch(self, ranks: step.Step, link: LinkDir, flags: SignalFlags) -> int:
         read_at = fence_read_at = 0.0
         hang_s = self.config.chain.hang_s
-        dog = Watchdog(link.beat, self.num_tasks, fixed_s=hang_s) if hang_s != 0 else None
+        # How long a command may be silent is not to be learned: only a given limit counts.
+        watched = bool(hang_s) if self.config.command else hang_s != 0
+        dog = Watchdog(link.beat, self.num_tasks, fixed_s=hang_s) if watched else None
         while (code := ranks.poll()) is None:
             now = self.around.monotonic()
             hinted = flags.take_hint()

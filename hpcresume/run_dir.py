@@ -95,6 +95,10 @@ class LinkDir:
         """A rank's newest sign of life."""
         return self.path / f"rank-{rank}.beat"
 
+    def rank_end(self, rank: int) -> Path:
+        """How the command of a rank ended, for rank 0, which judges for all."""
+        return self.path / f"rank-{rank}.end.json"
+
     def rank_failure(self, rank: int) -> Path:
         """The exception that ended a rank."""
         return self.path / f"rank-{rank}.failure.json"

@@ -15,7 +15,7 @@ from typing import Any
 from hpcresume import files
 from hpcresume.checkpoint.manifest import Committed
 from hpcresume.checkpoint.store import Store
-from hpcresume.journal import lineage
+from hpcresume.journal import Record, known_step, lineage
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.job import JobInfo, JobState
 from hpcresume.story import Story, alive_elsewhere, has_no_driver, read_story, waits_in_vain
@@ -41,6 +41,10 @@ class RunStatus:
     checkpoint_age_s: float | None = None
     checkpoint_verified: bool = False
     """Whether its bytes were checked; `committed` checkpoints are verified when they are used."""
+    seen: str = ""
+    """Of a command, how its progress is seen: steps, or time alone; empty where ranks train."""
+    ran_s: float | None = None
+    """How long a command has run of which nothing else is seen, as far as that was recorded."""
     why: str = ""
     queued: list[str] = field(default_factory=list)
 
@@ -81,6 +85,7 @@ def read_status(
     pending = [j for j in jobs or () if j.state is JobState.PENDING]
     state, why = _state(story, running, pending, jobs is not None)
     newest = story.newest
+    seen, save = story.seen, _save_of_command(story)
     claim = newest.claim if newest is not None else {}
     return RunStatus(
         name=run.name,
@@ -94,10 +99,12 @@ def read_status(
         job=running.id if running else (pending[0].id if pending else ""),
         node=running.nodes if running else str(claim.get("host", "")) if state == "running" else "",
         time_left_s=_time_left(running),
-        checkpoint_step=last.step if last else None,
-        checkpoint_age_s=round(max(0.0, time.time() - last.manifest.created)) if last else None,
+        checkpoint_step=last.step if last else (int(save["step"]) if save else None),
+        checkpoint_age_s=_age_s(last.manifest.created if last else save["t"] if save else None),
         checkpoint_verified=_verified(story, last),
-        why=" · ".join(part for part in (why, _unsaved(story), note) if part),
+        seen=seen,
+        ran_s=float(known_step(story.links)) if seen == "time" else None,
+        why=" · ".join(part for part in (why, _unsaved(story), fell_back(story), note) if part),
         queued=[job.id for job in pending],
     )
 
@@ -110,6 +117,27 @@ def _unsaved(story: Story) -> str:
     if story.completed or failed is None or (saved is not None and saved["t"] > failed["t"]):
         return ""
     return f"step {failed['step']} could not be saved: {failed['reason']}"
+
+
+def _save_of_command(story: Story) -> Record | None:
+    """The newest that a command was seen to have saved."""
+    saves = (r for link in reversed(story.links) for r in reversed(link.all("saved")))
+    return next((record for record in saves if record.get("path")), None)
+
+
+def _age_s(saved_at: float | None) -> float | None:
+    return None if saved_at is None else round(max(0.0, time.time() - saved_at))
+
+
+def fell_back(story: Story) -> str:
+    """That a command begins again where it was before; empty where it does not."""
+    record = story.newest.last("fell_back") if story.newest is not None else None
+    if record is None:
+        return ""
+    return (
+        f"its steps begin at {record['step']}, after {record.get('before')} before: did it load "
+        f"its checkpoint?"
+    )
 
 
 def _state(

@@ -53,6 +53,15 @@ class Story:
         return _newest_link([r for r in self.submissions if r.get("reopened") is True])
 
     @property
+    def seen(self) -> str:
+        """How the progress of a command is seen: steps, or time alone; empty where ranks train."""
+        for link in reversed(self.links):
+            record = link.last("restored")
+            if record is not None:
+                return str(record.get("seen", ""))
+        return ""
+
+    @property
     def driven(self) -> bool:
         """Whether `hpcresume drive` submits its jobs, one after the other."""
         submitted = [r for r in self.submissions if r["kind"] == "submitted"]
@@ -74,8 +83,10 @@ class Story:
         for link in reversed(self.links):
             if link.number <= self.reopened_after:
                 return False
-            if link.last("completed"):
-                return self.run.final_model.is_dir()
+            completed = link.last("completed")
+            if completed:
+                # A command leaves no model of ours; its own judgement stands.
+                return "judged" in completed or self.run.final_model.is_dir()
             if link.last("restored"):
                 return False
         return False

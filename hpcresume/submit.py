@@ -19,6 +19,7 @@ from hpcresume import files
 from hpcresume.checkpoint.cadence import cadence_of, few_saves
 from hpcresume.checkpoint.manifest import Committed
 from hpcresume.checkpoint.store import Store
+from hpcresume.commands import check_command, name_of
 from hpcresume.config import (
     RunConfig,
     check_complete,
@@ -87,6 +88,7 @@ def read_config(
         raise ConfigError("\n".join(lines)) from None
     if config.name is None:
         name = path.stem if path is not None else config.train.rpartition(":")[0].rpartition("/")[2]
+        name = name_of(config.command) if config.command and path is None else name
         config = from_mapping({**to_mapping(config), "name": name.removesuffix(".py")}, "the name")
     return config
 
@@ -131,7 +133,10 @@ def prepare(
     run = RunDir(root / name)
     if run.path.exists():
         refuse_existing(run, config, environ)
-    _check_entry(config.train, project)
+    if config.command:
+        check_command(config, project, environ)
+    else:
+        _check_entry(config.train, project)
     _check_limits(run, config, environ)
     try:
         run.create(
@@ -143,8 +148,10 @@ def prepare(
     except FileExistsError:
         refuse_existing(run, config, environ)
     try:
-        freeze_code(project, config.train, run.code)
-        check_train(run, config, environ)
+        if not config.command:
+            # A command runs where it was submitted, and writes there: nothing of it is copied.
+            freeze_code(project, config.train, run.code)
+            check_train(run, config, environ)
         secret = files.to_json(process.scrubbed(environ))
         files.write_durably(run.environment, secret, mode=0o600)
     except BaseException:
@@ -173,8 +180,13 @@ def refuse_existing(run: RunDir, config: RunConfig, environ: Mapping[str, str]) 
             + ("" if complete else f" The old one goes on by `hpcresume resume {run.name}`.")
         )
     if complete:
-        raise ConfigError(f"{run.name} is complete: {run.final_model}. To train again, {ways}.")
+        what = f"{run.name} is complete{_model(run, old)}"
+        raise ConfigError(f"{what}. To train again, {ways}.")
     raise ConfigError(f"{run.name} is not finished: {ways}.")
+
+
+def _model(run: RunDir, config: RunConfig) -> str:
+    return "" if config.command else f": {run.final_model}"
 
 
 def _check_limits(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> None:
@@ -313,7 +325,7 @@ def dry_run(config: RunConfig, root: Path, *, project: Path, environ: Mapping[st
 def warn_of_few_saves(config: RunConfig) -> str | None:
     """What to say where a job saves at its end only; None where it saves often enough."""
     time_s = None if config.scheduler.time is None else parse_time(config.scheduler.time)
-    if time_s is None:
+    if time_s is None or config.command:
         return None
     return few_saves(cadence_of(config.checkpoint), link_s=time_s)
 
@@ -365,9 +377,15 @@ def ready_to_resume(
         raise RunLive(f"{run.name} is live: {where}. `hpcresume status` shows it.")
     story = read_story(run)
     config = _with_sets(run, frozen, sets) if sets else frozen
+    if story.completed and config.command:
+        raise UsageError(
+            f"{run.name} is complete. To run its command again, submit it with --force-new or "
+            f"another --name."
+        )
     if story.completed and not _is_longer(frozen, config):
         raise UsageError(f"{run.name} is complete: {run.final_model}. {_how_longer(run, frozen)}")
-    check_checkpoints(story)
+    if not config.command:
+        check_checkpoints(story)
     if config != frozen:
         _check_end(story, frozen, config)
         _record_change(story, frozen, config, environ)
@@ -398,8 +416,9 @@ def _with_sets(run: RunDir, frozen: RunConfig, sets: Sequence[str]) -> RunConfig
     config = load(run.config, sets=[*map(_with_override, sets)], options={}, environ=here)
     check_complete(config)
     check_ways(config)
-    if config.name != frozen.name or config.train != frozen.train:
-        raise UsageError("name and train belong to the run: begin a new one to change them.")
+    kept = (config.name, config.train, config.command)
+    if kept != (frozen.name, frozen.train, frozen.command):
+        raise UsageError("name, train and command belong to the run: begin a new one for others.")
     return config
 
 

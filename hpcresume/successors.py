@@ -30,6 +30,9 @@ from hpcresume.ways import way_of
 #: A supervisor's log has one voice.
 log = logging.getLogger("hpcresume.link")
 
+#: First guesses of what a save takes, and of what a command takes that is told to leave.
+_SAVE_S, _COMMAND_S = 10.0, 60.0
+
 
 def job_spec(
     run: RunDir,
@@ -78,12 +81,20 @@ def lead_s(config: RunConfig, links: Sequence[LinkRecords]) -> float:
     if config.chain.lead_s is not None:
         return config.chain.lead_s
     steps = [record["step_s"] for record in saves(links) if "step_s" in record]
-    return lead_time(save_durations(links), steps, guess_s=10.0)
+    return lead_time(save_durations(links), steps, guess_s=_guess_s(config))
 
 
 def save_durations(links: Sequence[LinkRecords]) -> list[float]:
     """How long the newest saves of a run took, in seconds, the newest last."""
     return [float(record["seconds"]) for record in saves(links) if "seconds" in record]
+
+
+def _guess_s(config: RunConfig) -> float:
+    """A first guess of a save: how soon a command leaves that is told to, nobody can know."""
+    if not config.command:
+        return _SAVE_S
+    limit_s = parse_time(config.scheduler.time) if config.scheduler.time else None
+    return _COMMAND_S if limit_s is None else min(_COMMAND_S, limit_s / 4)
 
 
 def saves(links: Sequence[LinkRecords]) -> list[Record]:

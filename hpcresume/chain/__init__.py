@@ -6,6 +6,7 @@ what it says.
 """
 
 from hpcresume.chain.causes import (
+    COMMAND,
     CRASHES,
     HANG,
     MEMORY,
@@ -22,6 +23,7 @@ from hpcresume.chain.decisions import Budgets, Decision, decide
 from hpcresume.chain.past import MOST_EXCLUDED, PastLink, Spent, bad_nodes, spent
 
 __all__ = [
+    "COMMAND",
     "CRASHES",
     "HANG",
     "MEMORY",

@@ -21,6 +21,7 @@ class Cause(enum.Enum):
     CANCELLED = "cancelled"
     STOPPED = "stopped"
     DEADLINE = "deadline"
+    HANDED_OVER = "handed over"
     TIME_LIMIT = "time limit"
     PREEMPTED = "preempted"
     EXPIRED = "expired"
@@ -40,7 +41,7 @@ class Cause(enum.Enum):
 
 #: Ends that belong to a chain's normal life: they cost nothing, as long as they are not the
 #: reason that nothing is ever committed.
-PLANNED = frozenset({Cause.DEADLINE, Cause.TIME_LIMIT, Cause.PREEMPTED})
+PLANNED = frozenset({Cause.DEADLINE, Cause.HANDED_OVER, Cause.TIME_LIMIT, Cause.PREEMPTED})
 
 #: Ends for which a node is to blame.
 NODE_CAUSES = frozenset({Cause.NODE_FAILURE, Cause.BOOT_FAILURE})
@@ -54,6 +55,8 @@ CRASHES = frozenset({Cause.USER_CODE, Cause.KILLED, Cause.HANG} | MEMORY)
 
 #: Types of a failure that has a cause of its own, however it was raised.
 NON_FINITE, HANG = "NonFinite", "Hang"
+#: A command that left with a code other than 0. What it means by the code nobody knows.
+COMMAND = "CommandFailed"
 _GPU_MEMORY_TYPE, _HOST_MEMORY_TYPE = "OutOfMemoryError", "MemoryError"
 #: Their messages tell what was free, or for how long nothing came: never the same twice.
 _CHANGING_WORDS = frozenset({HANG, _GPU_MEMORY_TYPE, _HOST_MEMORY_TYPE})
@@ -95,8 +98,13 @@ class Evidence:
     """The scheduler's word; None where it does not know, or is not asked."""
     completed: bool = False
     """A `completed` record stands."""
+    judged: str = ""
+    """Of a command: what told that it is done."""
     how: str = ""
-    """What was recorded last of the ranks: completed, stopped, failed, hung, or nothing."""
+    """What was recorded last of the ranks: completed, stopped, handed over, failed, hung, or
+    nothing."""
+    why: str = ""
+    """What was recorded with that."""
     asked: str = ""
     """Why the ranks were told to stop."""
     failure: Failure | None = None
@@ -123,7 +131,7 @@ def cause_of(evidence: Evidence) -> tuple[Cause, str]:
     """Why a link ended, and a sentence of detail (may be empty). The first that matches wins."""
     job, failure = evidence.job, evidence.failure
     if evidence.completed:
-        return Cause.COMPLETED, ""
+        return Cause.COMPLETED, evidence.judged
     if evidence.user_stop:
         return Cause.CANCELLED, "hpcresume cancel"
     if job is not None and job.state is JobState.CANCELLED:
@@ -133,8 +141,12 @@ def cause_of(evidence: Evidence) -> tuple[Cause, str]:
         return Cause.NON_FINITE, failure.words
     if job is not None and job.state in _BY_STATE:
         return _BY_STATE[job.state], f"job {job.id}: {job.raw_state or job.state.value}"
+    if failure is not None and failure.type == COMMAND:
+        return _command_cause(evidence, failure)
     if failure is not None:
         return _lost_peer_cause(evidence, failure) or (_failure_cause(failure), failure.words)
+    if evidence.how == "handed over":
+        return Cause.HANDED_OVER, evidence.why
     if evidence.how == "hung":
         return Cause.HANG, "the ranks made no step any more"
     if evidence.how == "stopped":
@@ -210,6 +222,16 @@ def _failure_cause(failure: Failure) -> Cause:
     if failure.exit_code == 5 or number in _STORAGE_ERRORS:
         return Cause.STORAGE
     return Cause.USER_CODE
+
+
+def _command_cause(evidence: Evidence, failure: Failure) -> tuple[Cause, str]:
+    """As its last words tell, of which the failure holds the last one."""
+    found, line = _last_words_cause(evidence)
+    if line:
+        return found, f"{failure.message}; the log says: {line}"
+    if _HOST_MEMORY_WORDS.search(failure.message) or "MemoryError" in failure.message:
+        return Cause.HOST_MEMORY, failure.message
+    return Cause.USER_CODE, failure.message
 
 
 # ---- a process that was ended from outside -----------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from hpcresume.chain.causes import CRASHES, MEMORY, NODE_CAUSES, PLANNED, Cause
+from hpcresume.chain.causes import COMMAND, CRASHES, MEMORY, NODE_CAUSES, PLANNED, Cause
 from hpcresume.chain.past import MOST_EXCLUDED, PastLink, bad_nodes, idle_links, spent, trailing
 
 
@@ -46,6 +46,7 @@ _JITTER = 0.25
 
 _PLANNED_WORDS = {
     Cause.DEADLINE: "the job's time was nearly over",
+    Cause.HANDED_OVER: "the command left before its time was over",
     Cause.TIME_LIMIT: "the job reached its time limit",
     Cause.PREEMPTED: "the job was preempted",
 }
@@ -92,7 +93,9 @@ def _ended_for_good(history: Sequence[PastLink], _: Budgets) -> _Found:
     detail = last.detail.strip()
     match last.cause:
         case Cause.COMPLETED:
-            return "finished", "completed", f"training is complete at step {last.committed_step}"
+            done = f"the command is done: {detail}" if detail else ""
+            training = f"training is complete at step {last.committed_step}"
+            return "finished", "completed", done or training
         case Cause.CANCELLED:
             who = "user unknown" if last.who in ("", "unknown") else last.who
             how = f" ({detail})" if detail else ""
@@ -140,6 +143,9 @@ def _same_exception(history: Sequence[PastLink], _: Budgets) -> _Found:
     last = history[-1]
     failure = last.failure
     if failure is None or last.cause not in CRASHES - MEMORY:
+        return None
+    if failure.type == COMMAND:
+        # Its last words at a step that is a guess prove nothing; max_crashes ends its chain.
         return None
     for link in _since_past(history, failure.step):
         same = link.failure is not None and link.failure.signature == failure.signature

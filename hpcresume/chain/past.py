@@ -29,6 +29,8 @@ class PastLink:
     """Who cancelled it."""
     detail: str = ""
     """One sentence about the end: exit code, signal, node, words of the scheduler."""
+    retries: int = 0
+    """How often its command, which had failed, was started again since it last got further."""
     seconds: float = 0.0
     nodes: tuple[str, ...] = ()
     """The nodes that failed."""
@@ -69,8 +71,17 @@ def spent(history: Sequence[PastLink]) -> Spent:
         hours=sum(link.seconds for link in history) / 3600,
         node_hours=sum(link.seconds * link.num_nodes for link in history) / 3600,
         idle_links=len(idle),
-        crashes=sum(link.cause in CRASHES for link in idle),
+        crashes=_crashes(history, idle),
     )
+
+
+def _crashes(history: Sequence[PastLink], idle: Sequence[PastLink]) -> int:
+    """Crashes since something new was committed, with those that ended no link."""
+    last = history[-1] if history else None
+    if last and not idle and last.retries and last.cause in CRASHES:
+        # It got further, and crashed so often after that.
+        return last.retries + 1
+    return sum((link.cause in CRASHES) + link.retries for link in idle)
 
 
 def idle_links(history: Sequence[PastLink]) -> Sequence[PastLink]:

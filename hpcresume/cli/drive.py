@@ -47,9 +47,9 @@ def _end(run: RunDir, interrupted_by: signal.Signals | None) -> int:
     now = status.read_status(run, [])
     if now.state == "complete":
         loss = "" if now.loss is None else f", loss {now.loss:.4f}"
-        click.echo(
-            f"\n{run.name} is complete: {now.step} steps{loss}\nmodel      {run.final_model}"
-        )
+        model = f"\nmodel      {run.final_model}" if not now.seen else ""
+        steps = f": {now.step} steps{loss}" if now.step else ""
+        click.echo(f"\n{run.name} is complete{steps}{model}")
         return 0
     if interrupted_by is not None:
         click.echo(f"\nSaved at step {now.step}. To go on: hpcresume resume {run.name}")

@@ -43,10 +43,15 @@ def link(target: Path | None, sets: tuple[str, ...], runs: str | None) -> int:
 @click.option("--check", is_flag=True)
 def rank(run: Path, number: int | None, check: bool) -> int:
     """One training process of a link; with --check, only import the training function."""
-    from hpcresume import rank as ranks
     from hpcresume.config import read_frozen
 
     chosen = RunDir(run.absolute())
+    if number is not None and read_frozen(chosen.config).command:
+        from hpcresume.adapters.command import run_command
+
+        return run_command(chosen, number, os.environ)
+    from hpcresume import rank as ranks
+
     if check:
         entry = read_frozen(chosen.config).train
         ranks.load_train(entry, ranks.code_roots(chosen))

@@ -5,11 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from hpcresume import files
-from hpcresume.config import default_path, parse_time
+from hpcresume.cli.behind import (
+    TakesCommand,
+    command_of,
+    command_options,
+    default_config,
+    settings_of_command,
+)
+from hpcresume.config import parse_time
 from hpcresume.display.terminal import styled, terminal_width, wrapped
 from hpcresume.errors import UsageError
 from hpcresume.rehearse import Played, Rehearsal
@@ -19,7 +27,7 @@ from hpcresume.submit import read_config
 _COLUMNS = ("LINK", "ENDED BY", "FROM STEP", "CUT AT", "SAVED", "SAVE TOOK", "WENT ON")
 
 
-@click.command()
+@click.command(cls=TakesCommand)
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--links", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option(
@@ -35,6 +43,7 @@ _COLUMNS = ("LINK", "ENDED BY", "FROM STEP", "CUT AT", "SAVED", "SAVE TOOK", "WE
     "--keep", type=click.Path(path_type=Path), metavar="DIR", help="Keep the run, in this folder."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@command_options
 def rehearse(
     config: Path | None,
     links: int,
@@ -42,22 +51,25 @@ def rehearse(
     sets: tuple[str, ...],
     keep: Path | None,
     as_json: bool,
+    **flags: Any,
 ) -> int:
     """Try on this machine whether a training survives a chain of jobs.
 
     A scratch copy is trained in short links, which are ended as jobs are: by preemption, by their
     time limit, by kill -9. Exit code 7 where the chain would not survive, 8 where a budget ends it.
 
-    CONFIG is a configuration as for submit.
+    CONFIG is a configuration as for submit. A command behind `--` really runs in this folder, and
+    writes where it always does.
     """
-    path = config or default_path(Path.cwd())
-    if path is None:
+    words = command_of()
+    path = config or default_config(words)
+    if path is None and words is None:
         raise UsageError(
             "There is no ./hpcresume.yaml and no configs/quickstart.yaml here: name a "
             "configuration (hpcresume rehearse CONFIG)."
         )
     rehearsal = play(
-        read_config(path, sets=sets, options={}, environ=os.environ),
+        read_config(path, sets=sets, options=settings_of_command(words, flags), environ=os.environ),
         project=Path.cwd(),
         environ=os.environ,
         links=links,

@@ -9,15 +9,22 @@ from typing import Any
 
 import click
 
+from hpcresume.cli.behind import (
+    TakesCommand,
+    command_of,
+    command_options,
+    default_config,
+    settings_of_command,
+)
 from hpcresume.cli.options import root_of, runs_option
-from hpcresume.config import RunConfig, default_path, read_frozen
+from hpcresume.config import RunConfig, read_frozen
 from hpcresume.display.terminal import let_go_of_stdout
 from hpcresume.errors import SubmissionRejected, UsageError
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.doctor.way import Way
 
 
-@click.command()
+@click.command(cls=TakesCommand)
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--config", "config_option", type=click.Path(path_type=Path), help="Same as CONFIG.")
 @click.option("--time", "time", metavar="TIME", help="Time limit of each job, as sbatch writes it.")
@@ -37,24 +44,33 @@ from hpcresume.scheduler.doctor.way import Way
 @click.option(
     "--sbatch", "extra", multiple=True, metavar="KEY=VALUE", help="Goes to sbatch untouched."
 )
+@command_options
 @runs_option
 @click.option("--dry-run", is_flag=True, help="Print the batch script and submit nothing.")
 @click.option("--force-new", is_flag=True, help="If the name is taken, append -2.")
 @click.option("--detach", is_flag=True, help="Local backend: do not wait, survive the terminal.")
 def submit(config: Path | None, config_option: Path | None, runs: str | None, **flags: Any) -> int:
-    """Submit a run: CONFIG, else ./hpcresume.yaml, else configs/quickstart.yaml."""
+    """Submit a run: CONFIG, else ./hpcresume.yaml, else configs/quickstart.yaml.
+
+    What follows `--` is a command to run instead of a training function: hpcresume submit --time
+    02:00:00 -- python main.py
+    """
     from hpcresume import submit as verbs
 
     if config and config_option and config != config_option:
         raise UsageError(f"Two configurations are named, {config} and {config_option}: name one.")
-    path = config_option or config or default_path(Path.cwd())
-    if path is None:
+    words = command_of()
+    path = config_option or config or default_config(words)
+    if path is None and words is None:
         raise UsageError(
             "There is no ./hpcresume.yaml and no configs/quickstart.yaml here: name a "
             "configuration (hpcresume submit CONFIG)."
         )
     settings = verbs.read_config(
-        path, sets=flags["sets"], options=_options(flags), environ=os.environ
+        path,
+        sets=flags["sets"],
+        options={**_options(flags), **settings_of_command(words, flags)},
+        environ=os.environ,
     )
     root = root_of(runs)
     if flags["dry_run"]:

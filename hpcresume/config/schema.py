@@ -6,6 +6,7 @@ a message may propose.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -81,6 +82,14 @@ class ChainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     never."""
     lead_s: _NotNegative | None = None
     """Seconds before the job's end at which saving starts; null: learned from measured saves."""
+    signal_command: Literal[
+        "TERM", "INT", "USR1", "USR2", "all:TERM", "all:INT", "all:USR1", "all:USR2", "none"
+    ] = "TERM"
+    """The signal that tells a `command` to save and leave: to its first process, or with "all:" to
+    every process of it; none: it watches $HPCRESUME_STOP and $HPCRESUME_DEADLINE."""
+    retry_s: _NotNegative | None = None
+    """Start a `command` that has failed again in the same job, after so many seconds, while
+    `max_crashes` allows it; null: the next job does."""
 
 
 class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -140,6 +149,21 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Local jobs only: seconds from TERM to KILL."""
 
 
+class ProgressConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What tells from outside how far a `command` is, and whether it is done; paths are relative
+    to the folder that it runs in."""
+
+    done_when: list[_Line] = msgspec.field(default_factory=list)
+    """A command that ends with 0 is done if, besides, one of these is true: a file is there (with
+    wildcards; a trainer_state.json must say so itself), or "log:PATTERN" is found in what it
+    prints; none: exit code 0 says it."""
+    checkpoints: _Line | None = None
+    """What it saves, with wildcards: "out/checkpoint-*"; the newest is its progress."""
+    step_pattern: _Line | None = None
+    """The pattern (a regular expression with one group) of the step in what it prints, if that is
+    its progress; null: a step that looks like one is shown, and no decision depends on it."""
+
+
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the training writes down."""
 
@@ -156,6 +180,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The run's name and directory; null: chosen by whoever submits it."""
     train: str = ""
     """The training function: "file.py:func" or "package.module:func"; ":train" may be left out."""
+    command: list[str] = msgspec.field(default_factory=list)
+    """Instead of a training function, a command that every rank runs, one word an entry."""
     args: dict[str, Any] = msgspec.field(default_factory=dict)
     """What the training function finds in `session.args`; any keys, any JSON values."""
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] = 0
@@ -179,6 +205,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """When to save, what to keep."""
     chain: ChainConfig = msgspec.field(default_factory=ChainConfig)
     """How jobs follow each other."""
+    progress: ProgressConfig = msgspec.field(default_factory=ProgressConfig)
+    """What tells how far a command is."""
     scheduler: SchedulerConfig = msgspec.field(default_factory=SchedulerConfig)
     """What each job asks for."""
     log: LogConfig = msgspec.field(default_factory=LogConfig)
@@ -188,12 +216,33 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 def check_complete(config: RunConfig) -> None:
     """Raise ConfigError where something is missing that a run cannot be submitted without."""
     findings = []
-    if not config.train:
+    if config.command:
+        findings = _wrong_with_command(config)
+    elif not config.train:
         findings.append("'train' is missing; expected 'file.py:function' or 'module:function'.")
-    if config.max_steps is None and config.epochs is None:
+    if not config.command and config.max_steps is None and config.epochs is None:
         findings.append("'max_steps' and 'epochs' are both missing; expected at least one of them.")
     if findings:
         raise ConfigError("\n".join(findings))
+
+
+def _wrong_with_command(config: RunConfig) -> list[str]:
+    findings = []
+    if config.train:
+        findings.append("'train' and 'command' are both there; expected one of them.")
+    if not config.command[0] or any("\0" in word for word in config.command):
+        findings.append("'command' begins with no program, or holds a null character.")
+    watched = [entry.removeprefix("log:") for entry in config.progress.done_when if _in_log(entry)]
+    for pattern in (*watched, *filter(None, [config.progress.step_pattern])):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            findings.append(f"'progress' holds the pattern {pattern!r}, which is none: {error}.")
+    return findings
+
+
+def _in_log(entry: str) -> bool:
+    return entry.startswith("log:")
 
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _cells(row: RunStatus) -> list[str]:
     return [
         row.name,
         row.state,
-        f"{row.step}/{total}" if total else str(row.step),
+        _progress(row),
         f"{100 * row.step / total:.0f}%" if total else "",
         "" if row.loss is None else f"{row.loss:.4f}",
         str(row.link or ""),
@@ -71,9 +71,15 @@ def _cells(row: RunStatus) -> list[str]:
     ]
 
 
+def _progress(row: RunStatus) -> str:
+    if row.ran_s is not None and not row.step:
+        return clock(row.ran_s)
+    return f"{row.step}/{row.total_steps}" if row.total_steps else str(row.step)
+
+
 def _checkpoint(row: RunStatus) -> str:
     if row.checkpoint_step is None:
-        return "none yet"
+        return "its own" if row.seen else "none yet"
     age = ago(row.checkpoint_age_s or 0)
     return f"step {row.checkpoint_step}, {age} ago{', verified' if row.checkpoint_verified else ''}"
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -94,8 +95,12 @@ def spawn(
     output: IO[bytes] | int,
     cwd: Path | None = None,
     new_session: bool = False,
+    dies_with_us: bool = False,
 ) -> subprocess.Popen[bytes]:
-    """Start a program whose standard output and error go to `output`; nobody waits for it here."""
+    """Start a program whose standard output and error go to `output`; nobody waits for it here.
+
+    With `dies_with_us` the kernel kills it when the calling thread ends, however that comes.
+    """
     return subprocess.Popen(
         list(argv),
         env=dict(environ),
@@ -104,7 +109,20 @@ def spawn(
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=new_session,
+        # Its one system call needs no lock that a thread could hold.
+        preexec_fn=_die_with_parent() if dies_with_us else None,  # noqa: PLW1509
     )
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> Callable[[], object]:
+    """What is called between fork and exec: one system call, for which all is loaded before."""
+    import ctypes
+
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def pid_alive(pid: int) -> bool:

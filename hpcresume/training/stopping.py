@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 
 from hpcresume.training.berth import Berth
+from hpcresume.training.requests import requested
 
 #: Between two looks at the clock and at files, in seconds.
 _LOOK_S = 0.5
@@ -63,10 +63,4 @@ class StopWatch:
             return f"deadline: {berth.clock.remaining_s() or 0:.0f} s left"
         if berth.orphaned():
             return "the supervisor is gone"
-        for path in (berth.link.stop, berth.run.stop, berth.run.cancel):
-            with contextlib.suppress(OSError):
-                text = path.read_text(errors="replace").strip()
-                if path == berth.link.stop:
-                    return text or path.name
-                return path.name if path == berth.run.cancel or not text else f"STOP: {text}"
-        return None
+        return requested(berth.run, berth.link)

@@ -74,6 +74,11 @@ def verify(
     `say` gets a line for each phase. Raises LinkFailed where the training fails, UsageError where
     it is too short to be cut, or where `keep` is in use.
     """
+    if config.command:
+        raise UsageError(
+            "verify compares what a training function registers, which a command has not: "
+            "`hpcresume rehearse -- COMMAND` tries whether it survives a chain."
+        )
     with scratch_folder(keep, "verify") as folder:
         return _Verification(config, project, folder, ranks, say).verify(
             steps or min(DEFAULT_STEPS, max(config.max_steps or DEFAULT_STEPS, LEAST_STEPS)),

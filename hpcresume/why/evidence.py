@@ -9,6 +9,7 @@ from typing import Any
 
 from hpcresume.chain import PastLink
 from hpcresume.display.tables import ago, clock
+from hpcresume.status import fell_back
 from hpcresume.why.view import View, node_of, told
 
 
@@ -72,6 +73,8 @@ def facts(view: View) -> list[tuple[str, str]]:
     if view.shown is not None:
         found.append(("link", _link_words(view)))
     found.append(("saved", _saved(view)))
+    if fell_back(view.story):
+        found.append(("note", fell_back(view.story)))
     code = exit_code(view)
     if code:
         found.append(("exit code", str(code)))
@@ -82,7 +85,7 @@ def facts(view: View) -> list[tuple[str, str]]:
     numbers = view.decided.get("numbers")
     if isinstance(numbers, dict) and numbers and not complete:
         found.append(("used up", _numbers(numbers)))
-    if complete:
+    if complete and not status.seen:
         found.append(("model", str(view.story.run.final_model)))
     return found
 
@@ -125,8 +128,10 @@ def _saved(view: View) -> str:
     if view.lost_step:
         return f"no checkpoint is left, although step {view.lost_step} was committed"
     if status.checkpoint_step is None:
-        return "no checkpoint yet"
+        return "what the command saves is not seen" if status.seen else "no checkpoint yet"
     age = ago(status.checkpoint_age_s or 0.0)
+    if status.seen:
+        return f"step {status.checkpoint_step}, {age} ago, by the command itself"
     words = "verified" if status.checkpoint_verified else "committed"
     return f"step {status.checkpoint_step}, {age} ago, {words}"
 

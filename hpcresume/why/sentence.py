@@ -20,10 +20,14 @@ def sentence(view: View) -> str:
 def _words(view: View) -> str:
     name, state, step = view.story.run.name, view.status.state, view.status.step
     at = f"at step {step}"
+    if view.status.seen and not step:
+        at = f"after {clock(view.status.ran_s or 0.0)}"
     if state == "complete":
         links = len(view.past)
         hours = f", {clock(spent(view.past).hours * 3600)} of work" if view.past else ""
-        return f"{name} is complete {at}: {links} link{'s' * (links != 1)}{hours}"
+        known = not view.status.seen or step or view.status.ran_s
+        where = f" {at}" if known else ""
+        return f"{name} is complete{where}: {links} link{'s' * (links != 1)}{hours}"
     if state == "running":
         total = view.status.total_steps
         return f"{name} is running {at}{f' of {total}' if total else ''}: {_doing(view)}"
@@ -57,7 +61,7 @@ def _doing(view: View) -> str:
     elif view.status.why == "ending":
         doing = "its job is ending"
     elif link.last("started"):
-        doing = "it trains"
+        doing = "its command runs" if view.status.seen else "it trains"
     elif link.last("restored"):
         doing = "the checkpoint is restored, the first step is prepared"
     else:

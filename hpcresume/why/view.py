@@ -60,7 +60,7 @@ class View:
     @property
     def lost_step(self) -> int:
         """The step that the journals know as committed, where no checkpoint is left; else 0."""
-        if self.status.checkpoint_step is not None or not self.past:
+        if self.status.checkpoint_step is not None or self.status.seen or not self.past:
             return 0
         return self.past[-1].committed_step
 

@@ -1,0 +1,193 @@
+"""What rank 0 of a command writes down: its progress, in the journal and for people.
+
+A command has no checkpoints of ours. What stands in their place, as `saved` records that decide
+whether a link got further: the step of the newest that it has saved; else, where a pattern was
+given for it, the step that it printed; else nothing can be seen, and the seconds that it ran until
+it was told to leave count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from hpcresume import files
+from hpcresume.adapters.ending import COMPLETED, Attempt, Verdict
+from hpcresume.adapters.sight import Saved, Sight
+from hpcresume.journal import Journal, known_step, read_chain
+from hpcresume.run_dir import LinkDir, RunDir
+
+log = logging.getLogger("hpcresume.command")
+
+#: How progress is seen.
+STEPS, TIME = "steps", "time"
+
+
+class Notes:
+    """Progress of the command of a run, as rank 0 of one link sees and records it."""
+
+    def __init__(
+        self, run: RunDir, link: LinkDir, sight: Sight, root: Path, *, job: str | None
+    ) -> None:
+        self._run = run
+        self._link = link
+        self._sight = sight
+        self._root = root
+        self._journal = Journal(link.training, link=link.number, job=job)
+        self.seen = TIME if sight.blind else STEPS
+        links = read_chain(run)
+        self.restarts = sum(len(other.all("started")) for other in links)
+        """How often the command was started before."""
+        before = next((r for other in reversed(links) if (r := other.last("restored"))), None)
+        same = before is not None and before.get("seen") == self.seen
+        saves = [record for other in links for record in other.all("saved")]
+        self._newest = sight.newest()
+        if same:
+            self.known = known_step(links)
+            self._stamp = str(saves[-1].get("stamp", "")) if saves else ""
+        else:
+            # What lies there from before the run is nobody's progress.
+            self.known = (self._newest.step or 0) if self._newest else 0
+            self._stamp = self._newest.stamp if self._newest else ""
+        self._logged = self._logged_before() if self.restarts else None
+        self._began = self.known
+        self._fell_back = False
+        self._told_state: dict[str, Any] = {}
+        self._journal.write("restored", step=self.known, seen=self.seen, segments=[])
+
+    def _logged_before(self) -> tuple[int, int] | None:
+        """The first and the last step that the command printed when it ran before."""
+        state = files.read_json_or_none(self._run.trainer_state)
+        logged = state.get("logged") if isinstance(state, dict) else None
+        if not isinstance(logged, list) or [type(n) for n in logged] != [int, int]:
+            return None
+        return logged[0], logged[1]
+
+    @property
+    def newest(self) -> Saved | None:
+        """The newest that the command has saved, as of the last look."""
+        return self._newest
+
+    @property
+    def step(self) -> int:
+        """How far the command is."""
+        logged = self._sight.last_logged
+        return self.known if logged is None or self.seen == TIME else logged
+
+    def started(self) -> None:
+        """The command is started."""
+        self._journal.write("started", step=self.known, seen=self.seen)
+        self.restarts += 1
+        self._publish()
+
+    def look(self, **took: float) -> bool:
+        """See how far it is; whether that is further than ever before.
+
+        `took` is recorded with what it has saved, new or not.
+        """
+        self._newest = saved = self._sight.newest()
+        step: int | None = None
+        if saved is not None and saved.step is not None:
+            step = saved.step
+        elif saved is not None and saved.stamp != self._stamp:
+            step = self.known + 1
+        elif saved is None and self._sight.counts_log:
+            step = self._sight.last_logged
+        if saved is not None:
+            self._stamp = saved.stamp
+        further = step is not None and step > self.known
+        if further or took:
+            self._save(max(step or 0, self.known), saved, **took)
+        self._look_back()
+        self._publish()
+        return further
+
+    def _save(self, step: int, saved: Saved | None, **more: Any) -> None:
+        self.known = step
+        where = None if saved is None else os.path.relpath(saved.path, self._root)
+        stamp = {} if saved is None else {"stamp": saved.stamp}
+        self._journal.write("saved", step=step, seen=self.seen, path=where, **stamp, **more)
+
+    def told(self, reason: str) -> None:
+        """The command is told to leave."""
+        self._journal.write("stop_asked", reason=reason, step=self.known)
+
+    def ended(self, attempt: Attempt) -> bool:
+        """An attempt is over; whether anything new came of it."""
+        before = self.known
+        left = bool(attempt.told) and not attempt.killed
+        # How long it takes to leave says how early the next one must be told.
+        took = {"seconds": round(attempt.took_s, 3)} if left else {}
+        if self.seen == TIME and attempt.told:
+            self._save(self.known + max(1, int(attempt.ran_s)), None, **took)
+            took = {}
+        self.look(**took)
+        return self.known > before
+
+    def retried(self, number: int, reason: str, delay_s: float) -> None:
+        """It has failed, and is started again in this job."""
+        self._journal.write("retried", attempt=number, reason=reason, delay_s=delay_s)
+        first, last = self._sight.first_logged, self._sight.last_logged
+        if first is not None and last is not None:
+            self._logged = (first, last)
+
+    def settle(self, verdict: Verdict) -> None:
+        """Record how the link's ranks ended."""
+        if verdict.how == COMPLETED:
+            self._journal.write("completed", step=self.step, judged=verdict.reason)
+            self._publish(completed=True)
+        with contextlib.suppress(OSError):
+            self._journal.write("ended", how=verdict.how, reason=verdict.reason)
+
+    # ---- a step count that falls back ------------------------------------------------------
+
+    def _look_back(self) -> None:
+        first = self._sight.first_logged
+        if first is None or self._fell_back or self.restarts < 2:
+            return
+        last = self._expected(first)
+        if last is None:
+            return
+        self._fell_back = True
+        self._journal.write("fell_back", step=first, before=last)
+        log.warning(
+            "the command's steps begin at %d, although it was at %d before: did it load its "
+            "checkpoint?",
+            first,
+            last,
+        )
+
+    def _expected(self, first: int) -> int | None:
+        """The step that was reached before, where the first one now lies too far below it."""
+        if self._newest is not None and self._newest.step is not None and self._began:
+            return self._began if first < self._began else None
+        if self._logged is None:
+            return None
+        first_before, last_before = self._logged
+        return last_before if first <= first_before < last_before else None
+
+    # ---- for people ------------------------------------------------------------------------
+
+    def _publish(self, *, completed: bool = False) -> None:
+        """trainer_state.json, in Hugging Face's words; the progress stands at its end."""
+        sight = self._sight
+        logged = [sight.first_logged, sight.last_logged]
+        total = self._newest.total if self._newest is not None else None
+        state = {
+            "log_history": [],
+            "seen": self.seen,
+            "logged": logged if None not in logged else list(self._logged or ()),
+            "link": self._link.number,
+            "max_steps": total,
+            "epoch": 0.0,
+            "global_step": sight.last_logged or (self.known if self.seen == STEPS else 0),
+            "total_steps": total,
+            "completed": completed,
+        }
+        if state != self._told_state:
+            self._told_state = state
+            with contextlib.suppress(OSError):
+                files.write_json(self._run.trainer_state, state, sync=completed)
