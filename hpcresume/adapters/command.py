@@ -366,10 +366,14 @@ class _Parent:
     def _sign(self, told: _Told | None) -> None:
         """A sign of life for the supervisor: another one whenever the command has given one."""
         hang_s = self._config.chain.hang_s
+        step = 0
+        if self._notes is not None:
+            # Where silence counts, the passing of time is no sign of life.
+            step = self._notes.known if hang_s else self._notes.step
         sign = {
             "n": self._signs,
             "kind": "stop" if told is not None else "command",
-            "step": self._notes.step if self._notes is not None else 0,
+            "step": step,
             "limit_s": hang_s or UNKNOWN_S,
         }
         with contextlib.suppress(OSError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ class Notes:
         self._logged = self._logged_before() if self.restarts else None
         self._began = self.known
         self._fell_back = False
+        self._started_at = time.monotonic()
+        self._known_at_start = self.known
         self._told_state: dict[str, Any] = {}
         self._journal.write("restored", step=self.known, seen=self.seen, segments=[])
 
@@ -74,13 +77,17 @@ class Notes:
     @property
     def step(self) -> int:
         """How far the command is."""
+        if self.seen == TIME:
+            return self.known + int(time.monotonic() - self._started_at)
         logged = self._sight.last_logged
-        return self.known if logged is None or self.seen == TIME else logged
+        return self.known if logged is None else logged
 
     def started(self) -> None:
         """The command is started."""
         self._journal.write("started", step=self.known, seen=self.seen)
         self.restarts += 1
+        self._known_at_start = self.known
+        self._started_at = time.monotonic()
         self._publish()
 
     def look(self, **took: float) -> bool:
@@ -117,7 +124,6 @@ class Notes:
 
     def ended(self, attempt: Attempt) -> bool:
         """An attempt is over; whether anything new came of it."""
-        before = self.known
         left = bool(attempt.told) and not attempt.killed
         # How long it takes to leave says how early the next one must be told.
         took = {"seconds": round(attempt.took_s, 3)} if left else {}
@@ -125,7 +131,7 @@ class Notes:
             self._save(self.known + max(1, int(attempt.ran_s)), None, **took)
             took = {}
         self.look(**took)
-        return self.known > before
+        return self.known > self._known_at_start
 
     def retried(self, number: int, reason: str, delay_s: float) -> None:
         """It has failed, and is started again in this job."""
@@ -137,7 +143,7 @@ class Notes:
     def settle(self, verdict: Verdict) -> None:
         """Record how the link's ranks ended."""
         if verdict.how == COMPLETED:
-            self._journal.write("completed", step=self.step, judged=verdict.reason)
+            self._journal.write("completed", step=self.known, judged=verdict.reason)
             self._publish(completed=True)
         with contextlib.suppress(OSError):
             self._journal.write("ended", how=verdict.how, reason=verdict.reason)

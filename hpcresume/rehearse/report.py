@@ -57,6 +57,10 @@ class Played:
     lead_s: float | None = None
     """How long before SIGKILL or the limit it was told to save."""
     completed: bool = False
+    seen: str = ""
+    """Of a command, which saves when it likes, how its progress is seen; see `Story.seen`."""
+    fell_back: str = ""
+    """Of a command: from which step to which it fell back."""
     failure: str = ""
     """The exception that ended it."""
     rule: str = ""
@@ -72,7 +76,7 @@ class Played:
     @property
     def saved(self) -> bool:
         """Whether the end cost nothing that was trained, or only what an unwarned one may."""
-        if self.completed or not self.warned:
+        if self.completed or not self.warned or self.seen:
             return True
         return self.cut_at is not None and self.committed >= self.cut_at
 
@@ -93,6 +97,11 @@ class Played:
             return (
                 f"link {self.link} made no step: the training never came to `for batch in "
                 f"session.steps(loader)`, which alone saves and can end a link"
+            )
+        if self.fell_back:
+            return (
+                f"link {self.link} fell back {self.fell_back}: the command did not load what it "
+                f"had saved, or saves too seldom"
             )
         if self.first_step != self.expected:
             return f"link {self.link} began with step {self.first_step}, not {self.expected}"
@@ -138,7 +147,10 @@ class Rehearsal:
         else:
             yield f"this chain would survive: {self._what_held()}"
         lost = sum(played.lost for played in self.played if not played.warned)
-        if lost and not self.trouble:
+        own = next((played.seen for played in self.played if played.seen), "")
+        if own and not self.trouble:
+            yield "  note: what the command itself saves was not read; it decides where it goes on"
+        elif lost and not self.trouble:
             steps = "1 step" if lost == 1 else f"{lost} steps"
             yield (
                 f"  note: kill -9 cost {steps}, all since the last checkpoint: checkpoint.steps "

@@ -25,6 +25,7 @@ from hpcresume.training.heartbeat import START
 
 #: A link is ended when it has trained so many steps...
 _STEPS = 3
+_BLIND_S = 20
 #: ...or, where a step takes long or none comes, after so many seconds of its job.
 _PATIENCE_S = 300.0
 _LOOK_S = 0.1
@@ -65,7 +66,7 @@ class Stage:
         job = self._scheduler.submit(replace(spec, time_s=self._limit_s(end, lead), signal_s=0))
         self._jobs.append(job)
         note_queued(self._run, job)
-        scene = _Scene(self._run, job, len(before) + 1, end, grace)
+        scene = _Scene(self._run, job, len(before) + 1, end, grace, self._enough)
         drive(self._run, grace, on_tick=scene.look, interrupted=self._asked)
         links = read_chain(self._run)
         # A job whose supervisor did not even claim has left no link.
@@ -73,6 +74,13 @@ class Stage:
         self._measure(own, scene)
         lead_now = lead if end == TIME_LIMIT else grace if end == PREEMPTION else None
         return _played(self._run, own, before, scene, lead_now)
+
+    @property
+    def _enough(self) -> int:
+        """How many steps make a link long enough; seconds, where a command shows nothing else."""
+        progress = self._config.progress
+        blind = self._config.command and not (progress.checkpoints or progress.step_pattern)
+        return _BLIND_S if blind else _STEPS
 
     def close(self) -> None:
         """End whatever still runs."""
@@ -84,7 +92,7 @@ class Stage:
             return self._time_s
         if end != TIME_LIMIT:
             return None
-        return math.ceil(_SLACK * self._start_s + max(_STEPS * self._step_s, 2.0) + lead)
+        return math.ceil(_SLACK * self._start_s + max(self._enough * self._step_s, 2.0) + lead)
 
     def _measure(self, own: LinkRecords | None, scene: _Scene) -> None:
         started = own.last("started") if own is not None else None
@@ -98,7 +106,10 @@ class Stage:
 class _Scene:
     """Watches one link, and ends it when it has trained a little."""
 
-    def __init__(self, run: RunDir, job: str, number: int, end: End, grace_s: float) -> None:
+    def __init__(
+        self, run: RunDir, job: str, number: int, end: End, grace_s: float, steps: int
+    ) -> None:
+        self._steps = steps
         self._run = run
         self._link: LinkDir = run.link(number)
         self._files = JobFiles(run.jobs)
@@ -124,7 +135,7 @@ class _Scene:
             return
         self._next_look = now + _LOOK_S
         self._look_at_step()
-        trained = self._began_with is not None and self.step >= self._began_with + _STEPS
+        trained = self._began_with is not None and self.step >= self._began_with + self._steps
         if not self._cut and (trained or now >= self._patient_until):
             self._cut = True
             self._cut_it(now, trained=trained)
@@ -185,8 +196,11 @@ def _played(
     failure = first_failure(run, own.number, 1)
     completed = own.last("completed") is not None
     stopped = decided.get("decision") == "stop" and decided.get("rule") not in _WANTED
+    fell_back = own.last("fell_back")
     return Played(
         link=own.number,
+        seen=str(started.get("seen", "")) if started else "",
+        fell_back=f"from {fell_back.get('before')} to {fell_back['step']}" if fell_back else "",
         end=end.name,
         warned=end.warned,
         first_step=int(started["step"]) if started else None,
