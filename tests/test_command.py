@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -368,6 +370,20 @@ def test_every_rank_runs_the_command_and_all_of_them_must_be_done(chain: Chain) 
     assert "rank 1" in hpcresume("why", "run-2", cwd=chain.folder).stdout
 
 
+def test_of_several_ranks_the_first_one_tells_that_all_are_done(chain: Chain) -> None:
+    job = script(chain, '[ $RANK = 1 ] || echo "all done"')
+    chain.submit("--tasks-per-node=2", "--done-when=log:^all done$", "--", "bash", job)
+    assert (chain.code, chain.ends()) == (0, ["completed"]), chain.story()
+
+
+def test_a_command_that_is_silent_for_longer_than_it_may_be_is_ended_as_hung(
+    chain: Chain,
+) -> None:
+    job = script(chain, "[ -e twice ] && exit 0; touch twice; echo ready; sleep 1000")
+    chain.submit("--set=chain.hang_s=2", "--", "bash", job)
+    assert chain.ends() == ["hang", "completed"], chain.story()
+
+
 # ---- what people read --------------------------------------------------------------------------
 
 
@@ -615,3 +631,40 @@ def test_the_same_exit_code_twice_proves_nothing_and_the_budget_decides() -> Non
     further = past(1, committed_step=9)
     assert decide([further], budgets).kind == "continue"
     assert decide([past(1, committed_step=9, retries=3)], budgets).rule == "max_crashes"
+
+
+# ---- the page about it -------------------------------------------------------------------------
+
+PAGE = (EXAMPLES.parent / "docs" / "integrations" / "command.md").read_text()
+LINES = [
+    line.removeprefix("+")
+    for line in PAGE.splitlines()
+    if line.removeprefix("+").startswith("hpcresume submit")
+]
+
+
+@pytest.mark.parametrize("line", LINES, ids=[str(n) for n, _ in enumerate(LINES)])
+def test_the_lines_of_the_page_can_be_typed_as_they_stand(chain: Chain, line: str) -> None:
+    (chain.folder / "main.py").touch()
+    words = shlex.split(line)[1:]
+    done = hpcresume(words[0], "--dry-run", "--cluster=local", *words[1:], cwd=chain.folder)
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --time=" in done.stdout
+
+
+def test_the_file_on_the_page_is_a_configuration(chain: Chain) -> None:
+    (chain.folder / "main.py").touch()
+    text = PAGE.split("```yaml\n")[1].split("```")[0]
+    (chain.folder / "hpcresume.yaml").write_text(text)
+    done = hpcresume("submit", "--dry-run", "--cluster=local", "--name=x", cwd=chain.folder)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_page_tells_every_variable_that_a_command_is_given() -> None:
+    told = set(re.findall(r"^\| `(HPCRESUME_\w+)`", PAGE, re.MULTILINE))
+    environ = {"HPCRESUME_RUN": "", "HPCRESUME_LINK": "", "HPCRESUME_STOP": ""}
+    environ["HPCRESUME_LEAD_S"] = ""
+    given = command_environment(
+        environ, RankPlace(), deadline=1.0, left_s=1.0, restarts=0, resume=Path("/x")
+    )
+    assert told == {name for name in given if name.startswith("HPCRESUME_")}

@@ -49,6 +49,7 @@ _POLL_S = 0.1
 #: Between two looks at clock and requests, and between two at what the command has saved.
 _REQUESTS_S = 0.5
 _PROGRESS_S = 10.0
+_SIGN_S = 2.0
 #: After this part of the time that it has to leave, all that is left of it gets SIGTERM.
 _PRESSED = 0.75
 #: How long before a job's end what is left of a command is killed, in seconds.
@@ -117,6 +118,7 @@ class _Parent:
         self._clock = Clock(end_time=None, file=link.deadline, lead_s=lead_s, guess_s=0.0)
         self._supervisor = int(environ.get("HPCRESUME_SUPERVISOR", "0"))
         self._signs = 0
+        self._signed_at = 0.0
 
     # ---- the whole -------------------------------------------------------------------------
 
@@ -126,14 +128,17 @@ class _Parent:
         while True:
             attempt = self._attempt()
             further = self._notes.ended(attempt) if self._notes is not None else False
-            missing = self._sight.missing() if self._config.progress.done_when else ""
-            verdict = judge(attempt, done=self._sight.done(), missing=missing)
+            # What says that it is done is rank 0's to find; of the others the exit code counts.
+            judged = self._notes is not None and self._config.progress.done_when
+            done = self._sight.done() if judged else ""
+            missing = self._sight.missing() if judged else ""
+            verdict = judge(attempt, done=done, missing=missing)
             self._say(attempt, verdict)
             crashes = 0 if further else crashes
             crashes += verdict.how == FAILED
             if not self._goes_on(verdict, further, crashes):
                 break
-        return self._settle(attempt, verdict)
+        return self._settle(attempt, verdict, bool(done))
 
     def _goes_on(self, verdict: Verdict, further: bool, crashes: int) -> bool:
         """Start the command again in this job: only where no other rank waits for it."""
@@ -156,15 +161,15 @@ class _Parent:
             time.sleep(_POLL_S)
         return self._why() is None
 
-    def _settle(self, attempt: Attempt, verdict: Verdict) -> int:
+    def _settle(self, attempt: Attempt, verdict: Verdict, done: bool) -> int:
         if verdict.how == FAILED and attempt.code > 0:
             self.record_failure(COMMAND, verdict.reason, attempt.exit_code, attempt.lines)
         if self._place.world_size > 1:
             with contextlib.suppress(OSError):
-                end = {"how": verdict.how, "reason": verdict.reason}
+                end = {"how": verdict.how, "reason": verdict.reason, "code": attempt.exit_code}
                 files.write_json(self._link.rank_end(self._place.rank), end)
         if self._notes is not None:
-            self._notes.settle(self._of_all(verdict))
+            self._notes.settle(self._of_all(verdict, done))
         return attempt.exit_code if verdict.how == FAILED else 0
 
     def record_failure(self, kind: str, message: str, code: int, lines: tuple[str, ...]) -> None:
@@ -181,8 +186,11 @@ class _Parent:
         with contextlib.suppress(OSError):
             files.write_json(self._link.rank_failure(self._place.rank), record)
 
-    def _of_all(self, own: Verdict) -> Verdict:
-        """The verdict over all ranks, for which this one waits; one that fails ends the step."""
+    def _of_all(self, own: Verdict, done: bool) -> Verdict:
+        """The verdict over all ranks, for which this one waits; one that fails ends the step.
+
+        Where something says that the command is `done`, they need only leave with 0.
+        """
         if own.how != COMPLETED:
             return own
         waiting = set(range(1, self._place.world_size))
@@ -192,7 +200,7 @@ class _Parent:
                 if not isinstance(end, dict):
                     continue
                 waiting.discard(rank)
-                if end.get("how") != COMPLETED:
+                if end.get("how") != COMPLETED and not (done and end.get("code") == 0):
                     reason = str(end.get("reason", ""))
                     return Verdict(how=str(end.get("how")), reason=f"rank {rank}: {reason}")
             if waiting and self._flags.stop_asked() is not None:
@@ -287,7 +295,7 @@ class _Parent:
             if now - asked_at >= _REQUESTS_S or gone_at == now:
                 asked_at = now
                 told = told or self._tell(child, now, gone_at)
-                self._sign(told)
+                self._sign(told, now)
             if told is not None:
                 self._press(child, told, now)
             if now - looked_at >= _PROGRESS_S and self._notes is not None:
@@ -363,9 +371,13 @@ class _Parent:
             return "the supervisor is gone"
         return requested(self._run, self._link)
 
-    def _sign(self, told: _Told | None) -> None:
-        """A sign of life for the supervisor: another one whenever the command has given one."""
+    def _sign(self, told: _Told | None, now: float) -> None:
+        """A sign of life, where somebody looks for it: another one when the command gave one."""
         hang_s = self._config.chain.hang_s
+        pause_s = min(_SIGN_S, hang_s / 4) if hang_s else _SIGN_S
+        if (self._notes is None and not hang_s) or now - self._signed_at < pause_s:
+            return
+        self._signed_at = now
         step = 0
         if self._notes is not None:
             # Where silence counts, the passing of time is no sign of life.
