@@ -10,7 +10,7 @@ from hpcresume.scheduler.environment import PLACE_VARIABLES, RankPlace
 
 #: Between the supervisor and its ranks; a command that starts a session of ours would obey them.
 _NOT_FOR_COMMANDS = frozenset(
-    {"HPCRESUME_SUPERVISOR", "HPCRESUME_SAVE_GUESS_S", "HPCRESUME_CRASHES", "HPCRESUME_RESUME"}
+    {"HPCRESUME_SUPERVISOR", "HPCRESUME_SAVES_S", "HPCRESUME_CRASHES", "HPCRESUME_RESUME"}
 )
 
 
