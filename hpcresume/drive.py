@@ -21,15 +21,17 @@ from hpcresume.link import Surroundings, exiting_link
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.choice import scheduler_of
 from hpcresume.scheduler.driver_file import only_driver
-from hpcresume.scheduler.job import JobInfo, JobState, Scheduler
+from hpcresume.scheduler.job import JobInfo, JobSpec, JobState, Scheduler
 from hpcresume.scheduler.process import scrubbed
 from hpcresume.story import Story, find_jobs, read_story, this_process
 from hpcresume.successors import (
     cancelled_waiting,
+    expired_waiting,
     job_spec,
     lead_s,
     note_queued,
     pin_hardware,
+    too_late,
 )
 
 log = logging.getLogger(__name__)
@@ -120,7 +122,16 @@ class Driver:
         decision = self._lost(story, jobs) or self._decide(history)
         if decision is not None and decision.kind != "continue":
             return decision if self._recorded(story, history, decision) else None
-        self._submit(story, history, decision)
+        pin_hardware(self._run, self._config, self._scheduler)
+        spec = self._next(story, history, decision)
+        late = too_late(spec, self._around.now())
+        if late is not None:
+            return late if self._recorded(story, history, late) else None
+        job = self._scheduler.submit(spec)
+        self._gone_since = None
+        # A driver that dies before this line leaves a job that the next one finds in the queue.
+        note_queued(self._run, job, spec, self._around.journal)
+        log.info("next: job %s%s", job, f": {decision.reason}" if decision is not None else "")
         return None
 
     # ---- what became of the last job -----------------------------------------------------
@@ -144,6 +155,8 @@ class Driver:
             job = jobs.get(id)
             if job is not None and job.state is JobState.CANCELLED:
                 return cancelled_waiting(job)
+            if job is not None and job.state is JobState.DEADLINE:
+                return expired_waiting(job)
         if len(lost) < _MOST_LOST:
             return None
         reason = (
@@ -161,23 +174,18 @@ class Driver:
 
     # ---- what follows --------------------------------------------------------------------
 
-    def _submit(self, story: Story, history: Sequence[PastLink], decision: Decision | None) -> None:
-        pin_hardware(self._run, self._config, self._scheduler)
+    def _next(
+        self, story: Story, history: Sequence[PastLink], decision: Decision | None
+    ) -> JobSpec:
         fresh = decision.exclude_nodes if decision is not None else ()
         avoided = [*fresh, *chain.bad_nodes(history, self._around.now())]
-        spec = job_spec(
+        return job_spec(
             self._run,
             self._config,
             lead_s=lead_s(self._config, story.links),
             delay_s=decision.delay_s if decision is not None else 0,
             exclude=list(dict.fromkeys(avoided))[: chain.MOST_EXCLUDED],
         )
-        job = self._scheduler.submit(spec)
-        self._gone_since = None
-        # A driver that dies before this line leaves a job that the next one finds in the queue.
-        note_queued(self._run, job, self._around.journal)
-        why = f": {decision.reason}" if decision is not None else ""
-        log.info("next: job %s%s", job, why)
 
     def _recorded(self, story: Story, history: Sequence[PastLink], decision: Decision) -> bool:
         """Leave the reason in the run, where a link would have left it: in a claim of its own.

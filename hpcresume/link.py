@@ -492,7 +492,8 @@ class _Supervisor:
         decision = None if settled else self.successors.cancelled_one(story)
         decision = decision or self._decide(history)
         if decision.kind == "continue":
-            decision = self.successors.ensure_one(decision)
+            late = self.successors.too_late(self.end.scheduler_now())
+            decision = late or self.successors.ensure_one(decision)
         self._decided(decision, history)
         if decision.kind != "continue":
             self.successors.drop()
@@ -522,6 +523,8 @@ class _Supervisor:
         """Whether there is a next link that will find out why the scheduler ends this job."""
         reason = "the scheduler ends this job and does not say why"
         going = Decision(kind="continue", reason=reason, cause=Cause.UNKNOWN)
+        if self.successors.too_late(self.end.scheduler_now()):
+            return False
         if self.successors.ensure_one(going).kind != "continue":
             return False
         log.info("%s; saved, and the next link finds out", reason)

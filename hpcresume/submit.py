@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,15 @@ from hpcresume.checkpoint.store import Store
 from hpcresume.commands import check_command, name_of
 from hpcresume.config import (
     RunConfig,
+    SchedulerConfig,
     check_complete,
     difference,
     dump,
+    format_moment,
     format_time,
     from_mapping,
     load,
+    parse_moment,
     parse_time,
     read_frozen,
     to_mapping,
@@ -42,7 +46,7 @@ from hpcresume.scheduler.doctor.way import Way
 from hpcresume.scheduler.job import JobSpec, Scheduler
 from hpcresume.scheduler.slurm import SlurmScheduler
 from hpcresume.story import Story, find_jobs, live_jobs, read_story, user_name, waits_in_vain
-from hpcresume.successors import job_spec, note_queued, pin_hardware
+from hpcresume.successors import job_spec, note_queued, pin_hardware, too_late
 from hpcresume.ways import find_way, is_default, to_json
 
 #: The most code that is frozen with a run, and the largest file in it.
@@ -86,6 +90,7 @@ def read_config(
         where = "command line" if path is None else path
         lines = (f"{where}: {line}" for line in str(error).splitlines())
         raise ConfigError("\n".join(lines)) from None
+    config = at_fixed_time(config, time.time())
     if config.name is None:
         name = path.stem if path is not None else config.train.rpartition(":")[0].rpartition("/")[2]
         name = name_of(config.command) if config.command and path is None else name
@@ -95,6 +100,7 @@ def read_config(
 
 def check_ways(config: RunConfig) -> None:
     """Raise ConfigError where two settings cannot be had together."""
+    _check_least_time(config.scheduler)
     if not config.scheduler.pin_hardware:
         return
     if "*" in (config.scheduler.constraint or ""):
@@ -108,6 +114,30 @@ def check_ways(config: RunConfig) -> None:
             "scheduler.pin_hardware has no effect with chain.mode requeue, which starts the same "
             "job again as it was: choose another mode, or leave pin_hardware out."
         )
+
+
+def _check_least_time(asked: SchedulerConfig) -> None:
+    """Raise ConfigError where a job may be given no less than more than it asks for."""
+    if asked.time_min is None:
+        return
+    least = parse_time(asked.time_min)
+    most = None if asked.time is None else parse_time(asked.time)
+    if least is None or (most is not None and least > most):
+        raise ConfigError(
+            f"scheduler.time_min is {asked.time_min}, above scheduler.time "
+            f"({asked.time or 'not set'}): it is the least that Slurm may lower a job's limit to."
+        )
+
+
+def at_fixed_time(config: RunConfig, now: float) -> RunConfig:
+    """With a deadline that is one moment for all jobs: counted from `now` (Unix seconds)."""
+    deadline = config.scheduler.deadline
+    if deadline is None:
+        return config
+    settled = format_moment(parse_moment(deadline, now=now))
+    mapping = to_mapping(config)
+    mapping["scheduler"] = {**mapping["scheduler"], "deadline": settled}
+    return from_mapping(mapping, "the deadline")
 
 
 # ---- a new run ---------------------------------------------------------------------------
@@ -190,10 +220,11 @@ def _model(run: RunDir, config: RunConfig) -> str:
 
 
 def _check_limits(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> None:
-    """The partition's time limit, which sbatch --test-only does not look at."""
+    """The deadline and the partition's time limit, which sbatch --test-only does not look at."""
     time_s = None if config.scheduler.time is None else parse_time(config.scheduler.time)
     if chosen_cluster(config.scheduler.cluster, environ) != "slurm":
         return
+    _refuse_late(job_spec(run, config, lead_s=0.0, run_id=""))
     scheduler = SlurmScheduler(config.scheduler, environ=process.scrubbed(environ), launcher=None)
     found = scheduler.partition_limit_s(config.scheduler.partition)
     if found is None:
@@ -204,6 +235,16 @@ def _check_limits(run: RunDir, config: RunConfig, environ: Mapping[str, str]) ->
             f"--time {format_time(time_s)} is above the limit of partition {name}, "
             f"{format_time(limit_s)}: a job would wait for ever. Ask for less; the chain goes on "
             f"by itself."
+        )
+
+
+def _refuse_late(spec: JobSpec) -> None:
+    """Raise ConfigError where a job could not end before its deadline."""
+    late = too_late(spec, time.time())
+    if late is not None:
+        raise ConfigError(
+            f"{late.reason[0].upper()}{late.reason[1:]}: Slurm would remove it from the queue. "
+            f"Name a later scheduler.deadline, or let jobs be shorter (scheduler.time_min)."
         )
 
 
@@ -324,10 +365,23 @@ def dry_run(config: RunConfig, root: Path, *, project: Path, environ: Mapping[st
 
 def warn_of_few_saves(config: RunConfig) -> str | None:
     """What to say where a job saves at its end only; None where it saves often enough."""
-    time_s = None if config.scheduler.time is None else parse_time(config.scheduler.time)
+    given = config.scheduler.time_min or config.scheduler.time
+    time_s = None if given is None else parse_time(given)
     if time_s is None or config.command:
         return None
     return few_saves(cadence_of(config.checkpoint), link_s=time_s)
+
+
+def ignored_elsewhere(config: SchedulerConfig, cluster: str) -> str | None:
+    """What to say where Slurm alone knows what was asked for; None where nothing is ignored."""
+    names = [name for name in ("time_min", "deadline") if getattr(config, name) is not None]
+    if cluster == "slurm" or not names:
+        return None
+    verb = "is" if len(names) == 1 else "are"
+    words = " and ".join(f"scheduler.{name}" for name in names)
+    return (
+        f"{words} {verb} ignored: jobs run on this machine ({cluster}), and only Slurm knows them."
+    )
 
 
 def launch(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> Submission:
@@ -341,10 +395,11 @@ def launch(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> Submis
     pin_hardware(run, config, scheduler)
     way = find_way(config, cluster, clean)
     spec = first_spec(run, config, way)
+    _refuse_late(spec)
     # Recorded first: a job that starts at once must find itself submitted.
     _record(run, spec.token, None, way)
     job = scheduler.submit(spec)
-    note_queued(run, job)
+    note_queued(run, job, spec)
     return Submission(run, config, scheduler, job, None if is_default(way, config) else way)
 
 
@@ -416,6 +471,7 @@ def _with_sets(run: RunDir, frozen: RunConfig, sets: Sequence[str]) -> RunConfig
     config = load(run.config, sets=[*map(_with_override, sets)], options={}, environ=here)
     check_complete(config)
     check_ways(config)
+    config = at_fixed_time(config, time.time())
     kept = (config.name, config.train, config.command)
     if kept != (frozen.name, frozen.train, frozen.command):
         raise UsageError("name, train and command belong to the run: begin a new one for others.")

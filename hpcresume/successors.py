@@ -14,7 +14,14 @@ from pathlib import Path
 
 from hpcresume import chain, files
 from hpcresume.chain import Cause, Decision
-from hpcresume.config import RunConfig, parse_time
+from hpcresume.config import (
+    RunConfig,
+    SchedulerConfig,
+    format_time,
+    local_moment,
+    parse_moment,
+    parse_time,
+)
 from hpcresume.errors import SubmissionRejected, Unavailable
 from hpcresume.journal import Journal, LinkRecords, Record
 from hpcresume.run_dir import RunDir
@@ -47,17 +54,20 @@ def job_spec(
 ) -> JobSpec:
     """The next job of a run, as frozen at submit. Its token is new.
 
-    `project`, `run_id` and `way` stand in for what is not frozen yet.
+    `project`, `run_id` and `way` stand in for what is not frozen yet; the job is Slurm's then.
     """
+    on_slurm = True
     if run_id is None:
         identity = run.identify()
         run_id, project = str(identity["id"]), Path(identity["project"])
+        on_slurm = identity["cluster"] == "slurm"
     environment = files.read_json_or_none(run.environment) or {}
-    time_s = None if config.scheduler.time is None else parse_time(config.scheduler.time)
     options = files.read_json_or_none(run.script_options)
+    time_s, time_min_s, deadline = _times(config.scheduler, options or ())
     signal_s = int(lead_s) + 60
-    if time_s is not None:
-        signal_s = max(1, min(signal_s, time_s // 2))
+    shortest = time_min_s or time_s
+    if shortest is not None:
+        signal_s = max(1, min(signal_s, shortest // 2))
     return JobSpec(
         name=run.name,
         token=token_prefix(run_id) + secrets.token_hex(4),
@@ -65,6 +75,9 @@ def job_spec(
         log=run.job_log,
         workdir=project or Path.cwd(),
         time_s=time_s,
+        # Nobody else knows these two.
+        time_min_s=time_min_s if on_slurm else None,
+        deadline=deadline if on_slurm else None,
         signal_s=signal_s,
         begin_delay_s=delay_s,
         exclude_nodes=tuple(exclude),
@@ -73,6 +86,24 @@ def job_spec(
         environment={**environment, "HPCRESUME_RUN": str(run.path)},
         script=run.script if run.script.exists() else None,
         script_options=tuple(options or ()),
+    )
+
+
+def _times(
+    config: SchedulerConfig, options: Sequence[str]
+) -> tuple[int | None, int | None, float | None]:
+    """Limit, least limit and deadline of a job, as configured, else as its own script was given.
+
+    In seconds; the deadline is a Unix time.
+    """
+    given = dict(option.removeprefix("--").partition("=")[::2] for option in options)
+    time = config.time or given.get("time")
+    least = config.time_min or given.get("time-min")
+    deadline = config.deadline or given.get("deadline")
+    return (
+        None if time is None else parse_time(time),
+        None if least is None else parse_time(least),
+        None if deadline is None else parse_moment(deadline, now=0.0),
     )
 
 
@@ -132,11 +163,18 @@ def pin_hardware(run: RunDir, config: RunConfig, scheduler: Scheduler) -> None:
         )
 
 
-def note_queued(run: RunDir, job: str, journal: Callable[..., Journal] = Journal) -> None:
+def note_queued(
+    run: RunDir, job: str, spec: JobSpec, journal: Callable[..., Journal] = Journal
+) -> None:
     """Record a job that no link has queued, but somebody on a login node."""
+    about = {"after_link": run.newest_link(), "by": user_name()}
     with contextlib.closing(journal(run.submissions, link=0, job=None)) as submissions:
-        after = run.newest_link()
-        submissions.write("queued", queued_job=job, after_link=after, by=user_name())
+        submissions.write("queued", queued_job=job, **about, **_promised(spec))
+
+
+def _promised(spec: JobSpec) -> dict[str, float | None]:
+    """What a job may take, for its record: from it the chain's calendar is made."""
+    return {"time_s": spec.time_s, "time_min_s": spec.time_min_s, "deadline": spec.deadline}
 
 
 def cancelled_waiting(job: JobInfo) -> Decision:
@@ -144,6 +182,27 @@ def cancelled_waiting(job: JobInfo) -> Decision:
     who = "user unknown" if job.cancelled_by in ("", "unknown") else job.cancelled_by
     reason = f"the waiting job {job.id} was cancelled by {who}: the chain ends here"
     return Decision(kind="stop", reason=reason, cause=Cause.CANCELLED)
+
+
+def too_late(spec: JobSpec, now: float) -> Decision | None:
+    """Why no job like this may follow at `now` (Unix seconds of Slurm's clock); None: it may.
+
+    Slurm would take it, and remove it from the queue, where nobody is left to say why.
+    """
+    if not spec.too_late(now):
+        return None
+    assert spec.deadline is not None
+    least = spec.time_min_s or spec.time_s
+    job = "a job" if least is None else f"a job of {format_time(least)}"
+    when = local_moment(spec.deadline)
+    reason = f"{job} that begins now could not end before the deadline, {when}"
+    return Decision(kind="stop", reason=reason, cause=Cause.EXPIRED, rule="expired")
+
+
+def expired_waiting(job: JobInfo) -> Decision:
+    """What follows where Slurm removed a job before it began, for its deadline."""
+    reason = f"the waiting job {job.id} could not end before its deadline, and Slurm removed it"
+    return Decision(kind="stop", reason=reason, cause=Cause.EXPIRED, rule="expired")
 
 
 class Successors:
@@ -239,6 +298,15 @@ class Successors:
             # The end of this link tries again, and the other ways.
             log.warning("no further link could be queued ahead: %s", error)
 
+    def too_late(self, now: float) -> Decision | None:
+        """The end of the chain where no further job could end before the deadline; else None.
+
+        `now` is Unix time by the scheduler's clock.
+        """
+        if self._scheduler is None:
+            return None
+        return too_late(job_spec(self._run, self._config, lead_s=self._lead_s), now)
+
     def ensure_one(self, decision: Decision) -> Decision:
         """Leave only with a living successor in the queue, or a reason for having none.
 
@@ -318,7 +386,8 @@ class Successors:
         )
         job = self._scheduler.submit(spec, after)
         self._submitted.append(job)
-        self._journal.write("queued", queued_job=job, after=list(after), token=spec.token)
+        about = {"after": list(after), "token": spec.token, "lead_s": round(self._lead_s, 3)}
+        self._journal.write("queued", queued_job=job, **about, **_promised(spec))
         log.debug("queued job %s after %s", job, ", ".join(after))
         return job
 

@@ -63,11 +63,11 @@ def training(link: LinkDir) -> Iterator[Journal]:
     journal.close()
 
 
-def end_link(link: LinkDir, decision: str, cause: str, reason: str) -> None:
+def end_link(link: LinkDir, decision: str, cause: str, reason: str, rule: str = "") -> None:
     """What a supervisor writes at the end of a link."""
     journal = Journal(link.journal, link=link.number, job="1")
     journal.write("ended", cause=cause, detail=reason, failure=None, who="", seconds=1.0, nodes=[])
-    journal.write("decided", decision=decision, reason=reason, cause=cause)
+    journal.write("decided", decision=decision, reason=reason, cause=cause, rule=rule)
     journal.close()
 
 

@@ -412,7 +412,7 @@ NEXT = {
     "out of host memory": "hpcresume resume toy --set scheduler.mem=96G",
     "out of GPU memory": "hpcresume resume toy",
     "non-finite": "hpcresume resume toy --set lr=0.05",
-    "expired": "hpcresume resume toy --set scheduler.sbatch.deadline=false",
+    "expired": "hpcresume resume toy --set scheduler.deadline=now+7days",
     "time limit": "hpcresume resume toy --time HH:MM:SS",
     "cancelled": "hpcresume resume toy",
     "node failure": "hpcresume resume toy",

@@ -28,6 +28,8 @@ from hpcresume.scheduler.doctor.way import Way
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--config", "config_option", type=click.Path(path_type=Path), help="Same as CONFIG.")
 @click.option("--time", "time", metavar="TIME", help="Time limit of each job, as sbatch writes it.")
+@click.option("--time-min", metavar="TIME", help="The least that Slurm may lower --time to.")
+@click.option("--deadline", metavar="WHEN", help="When the last job must be over: now+3days, …")
 @click.option("--name", help="Name of the run [the configuration's].")
 @click.option("--cluster", type=click.Choice(["auto", "slurm", "local", "debug"]))
 @click.option("-p", "--partition")
@@ -88,7 +90,17 @@ def submit(config: Path | None, config_option: Path | None, runs: str | None, **
 
 
 def _options(flags: dict[str, Any]) -> dict[str, Any]:
-    names = ("time", "cluster", "partition", "account", "qos", "nodes", "tasks_per_node")
+    names = (
+        "time",
+        "time_min",
+        "deadline",
+        "cluster",
+        "partition",
+        "account",
+        "qos",
+        "nodes",
+        "tasks_per_node",
+    )
     scheduler = {name: flags[name] for name in (*names, "cpus_per_task", "gpus_per_node", "mem")}
     gpus = scheduler["gpus_per_node"]
     scheduler["gpus_per_node"] = int(gpus) if gpus and gpus.isdigit() else gpus
@@ -112,8 +124,9 @@ def begin(run: RunDir, config: RunConfig, *, detach: bool) -> int:
     """Queue the run's next job and say so; drive it here where the backend is this machine."""
     from hpcresume import submit as verbs
 
-    warning = verbs.warn_of_few_saves(config)
-    if warning is not None:
+    cluster = str(run.identify()["cluster"])
+    warnings = verbs.warn_of_few_saves(config), verbs.ignored_elsewhere(config.scheduler, cluster)
+    for warning in filter(None, warnings):
         click.echo(warning, err=True)
     submission = verbs.launch(run, config, os.environ)
     if submission.scheduler is None or submission.job is None:

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
         check_complete,
         to_mapping,
     )
-    from hpcresume.config.times import format_time, parse_time
+    from hpcresume.config.times import (
+        format_moment,
+        format_time,
+        local_moment,
+        parse_moment,
+        parse_time,
+    )
 
 __all__ = [
     "ChainConfig",
@@ -43,9 +49,12 @@ __all__ = [
     "default_path",
     "difference",
     "dump",
+    "format_moment",
     "format_time",
     "from_mapping",
     "load",
+    "local_moment",
+    "parse_moment",
     "parse_time",
     "read_frozen",
     "to_mapping",
@@ -58,7 +67,10 @@ _HOMES = {
     "from_mapping": "loading",
     "load": "loading",
     "read_frozen": "loading",
+    "format_moment": "times",
     "format_time": "times",
+    "local_moment": "times",
+    "parse_moment": "times",
     "parse_time": "times",
 }
 

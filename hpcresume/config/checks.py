@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from hpcresume.config.advice import alternatives, bare, describe, meant_key, meant_word
-from hpcresume.config.times import parse_time
+from hpcresume.config.times import parse_moment, parse_time
 from hpcresume.config.wording import KeyPath, dotted, show
 from hpcresume.config.yaml_text import MAX_DEPTH
 from hpcresume.errors import ConfigError
@@ -29,6 +29,7 @@ _FIELD_OF_OPTION = {
     "account": "account",
     "constraint": "constraint",
     "cpus-per-task": "cpus_per_task",
+    "deadline": "deadline",
     "exclude": "exclude",
     "gpus-per-node": "gpus_per_node",
     "mem": "mem",
@@ -37,6 +38,14 @@ _FIELD_OF_OPTION = {
     "partition": "partition",
     "qos": "qos",
     "time": "time",
+    "time-min": "time_min",
+}
+
+#: Fields whose text is a time, and what reads it.
+_TIMES: dict[KeyPath, Callable[[str], object]] = {
+    ("scheduler", "time"): parse_time,
+    ("scheduler", "time_min"): parse_time,
+    ("scheduler", "deadline"): functools.partial(parse_moment, now=0.0),
 }
 
 
@@ -98,9 +107,10 @@ def _check_word(value: Any, wanted: Any, path: KeyPath, report: Report) -> Any:
         found = f"{dotted(path)} is {show(value)}"
         report(path, f"{found}; expected {describe(wanted)}{advice}")
         return value
-    if path == ("scheduler", "time") and value is not None:
+    read = _TIMES.get(path)
+    if read is not None and value is not None:
         try:
-            parse_time(value)
+            read(value)
         except ConfigError as error:
             report(path, f"{dotted(path)}: {str(error).rstrip('.')}")
     return value

@@ -114,6 +114,12 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Where jobs run; auto: Slurm where sbatch is found, this machine otherwise."""
     time: _Line | None = None
     """Time limit of one job, in any form of sbatch: minutes, "02:00:00", "1-12"; see parse_time."""
+    time_min: _Line | None = None
+    """The least that Slurm may lower that limit to, so that the job starts earlier; at most `time`;
+    null: the limit stands. Each link reads the end that its job was really given."""
+    deadline: _Line | None = None
+    """When the chain's last job must be over: "2026-12-24T18:00", "18:00", "now+3days" (from submit
+    on; see parse_moment). Slurm starts no job that could not end before it; null: none."""
     nodes: _AtLeast1 = 1
     """Nodes of one job."""
     tasks_per_node: _AtLeast1 = 1

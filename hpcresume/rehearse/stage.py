@@ -63,9 +63,10 @@ class Stage:
         lead = lead_s(self._config, before)
         grace = self._config.scheduler.grace_s
         spec = job_spec(self._run, self._config, lead_s=lead)
-        job = self._scheduler.submit(replace(spec, time_s=self._limit_s(end, lead), signal_s=0))
+        spec = replace(spec, time_s=self._limit_s(end, lead), signal_s=0)
+        job = self._scheduler.submit(spec)
         self._jobs.append(job)
-        note_queued(self._run, job)
+        note_queued(self._run, job, spec)
         scene = _Scene(self._run, job, len(before) + 1, end, grace, self._enough)
         drive(self._run, grace, on_tick=scene.look, interrupted=self._asked)
         links = read_chain(self._run)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from hpcresume.config import format_moment, parse_time
+from hpcresume.errors import ConfigError
+
 #: Fields whose value is what the option takes.
 _SAME = {
     "Partition": "partition",
@@ -62,6 +65,8 @@ def frozen_options(fields: Mapping[str, str], environ: Mapping[str, str]) -> tup
         for field, option in _SAME.items()
         if fields.get(field, "") not in ("", "0", "*", "Partition_Limit")
     ]
+    if fields.get("Deadline", "").isdigit():
+        options.append(f"--deadline={format_moment(int(fields['Deadline']))}")
     options += _tasks(fields, environ if inside else None)
     options += _memory(fields)
     options += _gres(fields, environ if inside else {})
@@ -69,6 +74,31 @@ def frozen_options(fields: Mapping[str, str], environ: Mapping[str, str]) -> tup
     sharing = _SHARING.get(fields.get("OverSubscribe", ""))
     contiguous = ["--contiguous"] if fields.get("Contiguous") == "1" else []
     return (*options, *([sharing] if sharing else []), *contiguous)
+
+
+_TIME_OPTION = re.compile(r"(?:^|\s)(?:--time(?:=|\s+)|-t\s*)(\S+)")
+
+
+def asked_limit(submit_line: str, environ: Mapping[str, str], script: str) -> str | None:
+    """The time limit that a job was submitted with, as its command line and script tell.
+
+    With --time-min Slurm lowers the limit when the job starts, and keeps no other: a chain that
+    took that one over would get shorter from job to job. None where nobody named a limit.
+    """
+    lines = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    variable = environ.get("SBATCH_TIMELIMIT", "")
+    for found in (
+        _TIME_OPTION.findall(submit_line),
+        [variable] if variable else [],
+        [value for line in lines for value in _TIME_OPTION.findall(line)],
+    ):
+        for value in reversed([value.strip("\"'") for value in found]):
+            try:
+                parse_time(value)
+            except ConfigError:
+                continue  # A word of something else.
+            return str(value)
+    return None
 
 
 def _tasks(fields: Mapping[str, str], environ: Mapping[str, str] | None) -> list[str]:

@@ -88,6 +88,10 @@ class JobSpec:
     """A pattern for the job's own output; %j is the job id. Its directory exists."""
     workdir: Path
     time_s: int | None = None
+    time_min_s: int | None = None
+    """The least that Slurm may lower `time_s` to, so that the job starts earlier."""
+    deadline: float | None = None
+    """Unix seconds: Slurm removes the job from the queue once it could not end before."""
     signal_s: int = 0
     """How long before the end the pre-timeout signal is wished for; 0: none."""
     begin_delay_s: int = 0
@@ -101,6 +105,11 @@ class JobSpec:
     script: Path | None = None
     script_options: tuple[str, ...] = ()
     """Real options of the first job of a user's own script, e.g. ("--partition=x", …)."""
+
+    def too_late(self, now: float) -> bool:
+        """Whether the job, begun at `now` (Unix seconds), could not end before its deadline."""
+        shortest = self.time_min_s or self.time_s or 0
+        return self.deadline is not None and now + shortest > self.deadline
 
 
 class Scheduler(Protocol):

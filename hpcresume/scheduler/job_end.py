@@ -52,7 +52,8 @@ class JobEnd:
 
     def on_this_clock(self) -> float | None:
         """The end in Unix seconds of this host's clock as it runs now; None while unknown."""
-        if self._end is None:
-            return None
-        scheduler_now = self._clock_at_begin + self._monotonic() - self._began
-        return self._end + self._now() - scheduler_now
+        return None if self._end is None else self._end + self._now() - self.scheduler_now()
+
+    def scheduler_now(self) -> float:
+        """Unix seconds now by the scheduler's clock, as far as that is known."""
+        return self._clock_at_begin + self._monotonic() - self._began

@@ -10,7 +10,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hpcresume.config import ContainerConfig, SchedulerConfig, format_time, parse_time
+from hpcresume.config import (
+    ContainerConfig,
+    SchedulerConfig,
+    format_time,
+    local_moment,
+    parse_time,
+)
 from hpcresume.errors import ConfigError
 from hpcresume.scheduler.hardware import pinned
 from hpcresume.scheduler.job import JobSpec
@@ -69,6 +75,9 @@ def script_arguments(spec: JobSpec, config: SchedulerConfig, after: Sequence[str
         own[name] = value if equals else None
     if "exclude" in own:
         options["exclude"] = joined(own.pop("exclude"), options.get("exclude"))
+    if "deadline" in options:
+        # The same moment, in the words of another time zone.
+        own.pop("deadline", None)
     kept = pinned(own, spec.hardware)
     return [*map(argument_of, kept.items()), *map(argument_of, options.items())]
 
@@ -152,6 +161,10 @@ def _chain_options(spec: JobSpec, config: SchedulerConfig, after: Sequence[str])
         options["time"] = format_time(spec.time_s)
     elif config.time is not None:
         options["time"] = format_time(parse_time(config.time))
+    if spec.time_min_s is not None:
+        options["time-min"] = format_time(spec.time_min_s)
+    if spec.deadline is not None:
+        options["deadline"] = local_moment(spec.deadline)
     if spec.signal_s > 0:
         options["signal"] = f"B:USR2@{min(spec.signal_s, _LONGEST_SIGNAL_S)}"
     if spec.begin_delay_s > 0:

@@ -19,7 +19,7 @@ from hpcresume.config import SchedulerConfig
 from hpcresume.errors import SubmissionRejected, Unavailable
 from hpcresume.scheduler import hardware, process, script, slurm_text
 from hpcresume.scheduler.environment import JOB_VARIABLES, PLACE_VARIABLES, node_names
-from hpcresume.scheduler.frozen_options import frozen_options
+from hpcresume.scheduler.frozen_options import asked_limit, frozen_options
 from hpcresume.scheduler.hardware import Hardware
 from hpcresume.scheduler.job import JobInfo, JobSpec, JobState
 from hpcresume.scheduler.slurm_clients import SlurmClients, is_end
@@ -274,6 +274,10 @@ class SlurmScheduler:
             raise SubmissionRejected(
                 f"Slurm does not give the script of job {job_id}: {slurm_text.words(done.err)}"
             )
+        if "TimeMin" in fields:
+            line = self._clients.submit_line(job_id)
+            asked = asked_limit(line, self._environ, done.out)
+            fields["TimeLimit"] = asked or fields["TimeLimit"]
         return done.out, frozen_options(fields, self._environ)
 
     # ---- changing ------------------------------------------------------------------------

@@ -116,6 +116,16 @@ class SlurmClients:
             log.warning("sacct: %s. Why a job ended is then less certain.", complaint)
         return {}
 
+    def submit_line(self, id: str) -> str:
+        """The command line that a job was submitted with; empty where nobody keeps it."""
+        with contextlib.suppress(Unavailable):
+            done = self.call(
+                *("sacct", "--noheader", "--parsable2", "--allocations"),
+                *(f"--jobs={id}", "--format=SubmitLine"),
+            )
+            return "" if done.code else done.out.strip()
+        return ""
+
 
 def is_end(record: JobInfo) -> bool:
     """Whether a record tells how a job ended. REQUEUED means that the same id goes on."""

@@ -32,7 +32,7 @@ def next_steps(view: View) -> list[Advice]:
         limit = _setting(view, "chain", view.rule)
         more = f"{2 * limit:g}" if isinstance(limit, (int, float)) else "null"
         return [("allow more", _resume(view, f"chain.{view.rule}={more}"))]
-    return _mend(view, view.cause)
+    return _mend(view, Cause.EXPIRED if view.rule == "expired" else view.cause)
 
 
 def _resume(view: View, *settings: str) -> str:
@@ -70,8 +70,7 @@ def _mend(view: View, cause: Cause) -> list[Advice]:
         smaller = "go on from the last finite step with a smaller learning rate"
         return [(smaller, _resume(view, f"lr={half}"))]
     if cause is Cause.EXPIRED:
-        key = "scheduler.sbatch.deadline=false"
-        return [("submit the next jobs without that --deadline", _resume(view, key))]
+        return _mend_deadline(view)
     if cause is Cause.STORAGE:
         return [("make room", f"df -h {shlex.quote(str(run.path))}"), ("go on", _resume(view))]
     if cause in (Cause.USER_CODE, Cause.CONFIGURATION) and run.code.is_dir():
@@ -79,6 +78,14 @@ def _mend(view: View, cause: Cause) -> list[Advice]:
     if cause in NODE_CAUSES:
         return [("go on, on other nodes", _resume(view))]
     return [("read the whole log", f"hpcresume logs {view.called}"), ("go on", _resume(view))]
+
+
+def _mend_deadline(view: View) -> list[Advice]:
+    if _setting(view, "scheduler", "deadline") is None:
+        # It stood in the user's own batch script, or on its command line.
+        later = _resume(view, "scheduler.deadline=now+7days")
+        return [("give the next jobs a later deadline", later)]
+    return [("submit the next jobs without that deadline", _resume(view, "scheduler.deadline="))]
 
 
 def _mend_time(view: View) -> list[Advice]:

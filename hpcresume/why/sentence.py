@@ -44,7 +44,7 @@ def _words(view: View) -> str:
             else (f"{name} was cancelled {at} {who}")
         )
     verb = "rests" if view.cause in PLANNED else "has failed"
-    if view.rule in BUDGETS:
+    if view.rule in (*BUDGETS, "expired"):
         verb = "was stopped"
     return f"{name} {verb} {at}: {reason or 'no reason was recorded'}"
 
