@@ -5,6 +5,7 @@ Reads only; never imports torch.
 
 from __future__ import annotations
 
+import datetime
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from hpcresume import files
+from hpcresume.chain.calendar import (
+    Calendar,
+    Place,
+    Promise,
+    calendar,
+    free_since,
+    measure,
+    promised,
+)
 from hpcresume.checkpoint.manifest import Committed
 from hpcresume.checkpoint.store import Store
 from hpcresume.journal import Record, known_step, lineage
@@ -47,14 +57,45 @@ class RunStatus:
     """How long a command has run of which nothing else is seen, as far as that was recorded."""
     why: str = ""
     queued: list[str] = field(default_factory=list)
+    calendar: Calendar | None = None
+    """When it will be complete; None where nothing has been measured, or nothing is left to do."""
+    deadline: float | None = None
+    """Unix seconds: when its last job must be over (`scheduler.deadline`)."""
+    expired: bool = False
+    """Whether no job that begins now could end before that."""
+
+    @property
+    def late(self) -> bool:
+        """Whether it is expected to be complete after its deadline only."""
+        if self.calendar is None or self.deadline is None:
+            return False
+        return self.calendar.expected > self.deadline
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`, which has no word for a loss that is no number any more: null."""
-        values = {**self.__dict__, "path": str(self.path)}
+        done = None
+        if self.calendar is not None:
+            done = {
+                "best": _utc(self.calendar.best),
+                "expected": _utc(self.calendar.expected),
+                "links_left": self.calendar.links_left,
+            }
+        values = {
+            **self.__dict__,
+            "path": str(self.path),
+            "calendar": done,
+            "deadline": None if self.deadline is None else _utc(self.deadline),
+        }
         return {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
+
+
+def _utc(seconds: float) -> str:
+    """2026-11-23T13:20:00Z"""
+    moment = datetime.datetime.fromtimestamp(round(seconds), tz=datetime.timezone.utc)
+    return moment.isoformat().replace("+00:00", "Z")
 
 
 #: `status --exit-code`
@@ -83,7 +124,11 @@ def read_status(
     last = committed[-1] if committed else None
     running = next((j for j in jobs or () if j.state is not JobState.PENDING), None)
     pending = [j for j in jobs or () if j.state is JobState.PENDING]
+    promise = promised(story.links, story.submissions)
     state, why = _state(story, running, pending, jobs is not None)
+    if state == "stalled" and promise.expired(time.time()) and not pending:
+        why = f"none of its jobs could end before its deadline: hpcresume why {run.name}"
+    step, total = _step(live, last, state), _whole(live.get("total_steps"))
     newest = story.newest
     seen, save = story.seen, _save_of_command(story)
     claim = newest.claim if newest is not None else {}
@@ -91,8 +136,8 @@ def read_status(
         name=run.name,
         path=run.path,
         state=state,
-        step=_step(live, last, state),
-        total_steps=_whole(live.get("total_steps")),
+        step=step,
+        total_steps=total,
         epoch=float(_number(live.get("epoch")) or 0.0),
         loss=_loss(live),
         link=newest.number if newest is not None else 0,
@@ -106,7 +151,34 @@ def read_status(
         ran_s=float(known_step(story.links)) if seen == "time" else None,
         why=" · ".join(part for part in (why, _unsaved(story), fell_back(story), note) if part),
         queued=[job.id for job in pending],
+        calendar=_calendar(story, promise, state, total - step, running) if total else None,
+        deadline=promise.deadline,
+        expired=promise.expired(time.time()),
     )
+
+
+def _calendar(
+    story: Story, promise: Promise, state: str, steps_left: int, running: JobInfo | None
+) -> Calendar | None:
+    """When a chain that goes on will be complete, as far as its links have shown."""
+    pace = measure(story.links, story.submissions)
+    if pace is None or state not in ("running", "waiting"):
+        return None
+    alive, now, newest = state == "running", time.time(), story.newest
+    own = newest is not None and story.ended(newest) is None and newest.last("started") is not None
+    left_s = _time_left(running)
+    if running is not None and running.state is JobState.COMPLETING:
+        left_s = 0.0
+    since = now if alive else free_since(story.links, story.submissions)
+    place = Place(
+        steps_left=max(0, steps_left),
+        now=now,
+        alive=alive,
+        started=alive and own,
+        left_s=left_s,
+        waited_s=max(0.0, now - (since or now)),
+    )
+    return calendar(pace, promise, place)
 
 
 def _unsaved(story: Story) -> str:

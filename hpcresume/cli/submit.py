@@ -123,6 +123,8 @@ def _dry(settings: RunConfig, root: Path) -> str:
 def begin(run: RunDir, config: RunConfig, *, detach: bool) -> int:
     """Queue the run's next job and say so; drive it here where the backend is this machine."""
     from hpcresume import submit as verbs
+    from hpcresume.display.tables import late_words
+    from hpcresume.status import read_status
 
     cluster = str(run.identify()["cluster"])
     warnings = verbs.warn_of_few_saves(config), verbs.ignored_elsewhere(config.scheduler, cluster)
@@ -141,6 +143,9 @@ def begin(run: RunDir, config: RunConfig, *, detach: bool) -> int:
         # The job is queued, and wants a driver all the same.
         let_go_of_stdout()
     if not local:
+        late = late_words(read_status(run, None))
+        if late:
+            click.echo(f"{run.name}: {late}", err=True)
         return 0
     from hpcresume.cli.drive import detach_driver, drive_here
 

@@ -6,12 +6,14 @@ day, on login nodes with slow file systems.
 
 from __future__ import annotations
 
+import datetime
+import time
 from collections.abc import Sequence
 
 from hpcresume.display.terminal import styled, terminal_width
 from hpcresume.status import RunStatus
 
-_COLUMNS = ("RUN", "STATE", "STEP", "%", "LOSS", "LINK", "JOB", "LEFT", "CHECKPOINT")
+_COLUMNS = ("RUN", "STATE", "STEP", "%", "LOSS", "LINK", "JOB", "LEFT", "DONE", "CHECKPOINT")
 _TO_THE_RIGHT = frozenset({"%", "LOSS", "LINK", "LEFT"})
 #: SGR codes of a terminal.
 _STATES = {
@@ -31,6 +33,7 @@ def status_table(rows: Sequence[RunStatus]) -> str:
     narrow = sum(widths.values()) + 2 * len(widths) > terminal_width()
     lines = _cards(cells) if narrow else _lines(cells, widths)
     lines += [f"{styled(row.name + ':', 'dim')} {row.why}" for row in rows if row.why]
+    lines += [f"{styled(row.name + ':', 'dim')} {late_words(row)}" for row in rows if row.late]
     return "\n".join(lines)
 
 
@@ -67,6 +70,7 @@ def _cells(row: RunStatus) -> list[str]:
         str(row.link or ""),
         row.job + (f" ({row.node})" if row.node else ""),
         "" if row.time_left_s is None else clock(row.time_left_s),
+        "" if row.calendar is None else day_and_hour(row.calendar.expected, time.time()),
         _checkpoint(row),
     ]
 
@@ -86,6 +90,22 @@ def _checkpoint(row: RunStatus) -> str:
 
 def _state(text: str) -> str:
     return styled(text, _STATES[text]) if text in _STATES else text
+
+
+def late_words(row: RunStatus) -> str:
+    """That a run will not be complete by its deadline; nothing where it will, or nobody knows."""
+    if not row.late or row.deadline is None:
+        return ""
+    when = day_and_hour(row.deadline, time.time())
+    return f"its deadline, {when}, comes before it is complete"
+
+
+def day_and_hour(at: float, now: float) -> str:
+    """A moment in local time (both in Unix seconds): 14:20 today, Mon 14:20, or 24 Dec."""
+    then, today = datetime.datetime.fromtimestamp(at), datetime.datetime.fromtimestamp(now)
+    if then.date() == today.date():
+        return f"{then:%H:%M}"
+    return f"{then:%a %H:%M}" if abs(at - now) < 6 * 86400 else f"{then.day} {then:%b}"
 
 
 def clock(seconds: float) -> str:

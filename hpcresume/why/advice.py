@@ -22,6 +22,8 @@ def next_steps(view: View) -> list[Advice]:
         return [("it goes on by itself; to look on", f"hpcresume logs -f {view.called}")]
     if state == "waiting":
         return _while_waiting(view)
+    if view.rule == "expired" or (state == "stalled" and view.status.expired):
+        return _mend_deadline(view)
     if not view.past:
         return [("start it", _resume(view))]
     if view.shown is not None and view.shown.claim.get("foreground"):
@@ -32,7 +34,7 @@ def next_steps(view: View) -> list[Advice]:
         limit = _setting(view, "chain", view.rule)
         more = f"{2 * limit:g}" if isinstance(limit, (int, float)) else "null"
         return [("allow more", _resume(view, f"chain.{view.rule}={more}"))]
-    return _mend(view, Cause.EXPIRED if view.rule == "expired" else view.cause)
+    return _mend(view, view.cause)
 
 
 def _resume(view: View, *settings: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpcresume.chain import PastLink
-from hpcresume.display.tables import ago, clock
+from hpcresume.display.tables import ago, clock, day_and_hour, late_words
 from hpcresume.status import fell_back
 from hpcresume.why.view import View, node_of, told
 
@@ -80,6 +80,8 @@ def facts(view: View) -> list[tuple[str, str]]:
         found.append(("exit code", str(code)))
     if status.state == "running" and status.time_left_s is not None:
         found.append(("time left", clock(status.time_left_s)))
+    if status.calendar is not None:
+        found.append(("complete", _calendar(view)))
     if status.state in ("running", "waiting") and status.queued:
         found.append(("queued", ", ".join(f"job {job}" for job in status.queued)))
     numbers = view.decided.get("numbers")
@@ -134,6 +136,20 @@ def _saved(view: View) -> str:
         return f"step {status.checkpoint_step}, {age} ago, by the command itself"
     words = "verified" if status.checkpoint_verified else "committed"
     return f"step {status.checkpoint_step}, {age} ago, {words}"
+
+
+def _calendar(view: View) -> str:
+    """`about Mon 14:20, in this and 2 more links; at best Mon 12:05`"""
+    calendar = view.status.calendar
+    assert calendar is not None
+    expected, best = (day_and_hour(at, view.now) for at in (calendar.expected, calendar.best))
+    runs = view.status.state == "running"
+    further = calendar.links_left - runs
+    more = f"{further} more link{'s' * (further != 1)}" if further else "link"
+    words = f"about {expected}, in {'this ' * runs}{'and ' * (runs and further > 0)}{more}"
+    words += "" if best == expected else f"; at best {best}"
+    late = late_words(view.status)
+    return f"{words}; {late}" if late else words
 
 
 def _numbers(numbers: Mapping[str, Any]) -> str:

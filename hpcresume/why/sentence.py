@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hpcresume.chain import PLANNED, spent
+from hpcresume.config import local_moment
 from hpcresume.display.tables import clock
 from hpcresume.scheduler.job import JobInfo
 from hpcresume.why.view import BUDGETS, View, node_of, told
@@ -85,6 +86,9 @@ def _stalled(view: View) -> str:
         return "it was never submitted"
     if view.status.queued:
         return "its jobs wait, and nobody starts them"
+    if view.status.expired and view.status.deadline is not None:
+        when = local_moment(view.status.deadline)
+        return f"no job is queued, and none that begins now could end before its deadline, {when}"
     if not view.past:
         return f"no job of it is queued, and none has ever begun{_lost(view)}"
     last = view.past[-1]
