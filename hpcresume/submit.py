@@ -167,7 +167,7 @@ def prepare(
         check_command(config, project, environ)
     else:
         _check_entry(config.train, project)
-    _check_limits(run, config, environ)
+    check_limits(run, config, environ)
     try:
         run.create(
             dump(config),
@@ -219,8 +219,11 @@ def _model(run: RunDir, config: RunConfig) -> str:
     return "" if config.command else f": {run.final_model}"
 
 
-def _check_limits(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> None:
-    """The deadline and the partition's time limit, which sbatch --test-only does not look at."""
+def check_limits(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> None:
+    """Raise ConfigError for a job beyond the deadline or the partition's limit, on Slurm.
+
+    sbatch --test-only looks at neither.
+    """
     time_s = None if config.scheduler.time is None else parse_time(config.scheduler.time)
     if chosen_cluster(config.scheduler.cluster, environ) != "slurm":
         return
@@ -347,20 +350,6 @@ def check_train(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> N
 def first_spec(run: RunDir, config: RunConfig, way: Way | None = None) -> JobSpec:
     """The job that submitting a run would queue."""
     return job_spec(run, config, lead_s=config.chain.lead_s or FIRST_LEAD_S, way=way)
-
-
-def dry_run(config: RunConfig, root: Path, *, project: Path, environ: Mapping[str, str]) -> str:
-    """The exact batch script that submitting would hand to the scheduler."""
-    from hpcresume.scheduler.launcher import command_line, prepare_lines
-    from hpcresume.scheduler.script import render
-
-    assert config.name is not None
-    run = RunDir(root / config.name)
-    _check_limits(run, config, environ)
-    spec = job_spec(
-        run, config, lead_s=config.chain.lead_s or FIRST_LEAD_S, project=project, run_id="RUN-ID"
-    )
-    return render(spec, config.scheduler, command_line(spec), prepare=prepare_lines(spec))
 
 
 def warn_of_few_saves(config: RunConfig) -> str | None:

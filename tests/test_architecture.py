@@ -27,6 +27,7 @@ ROWS: list[list[str]] = [
         "link",
         "commands",
         "submit",
+        "preview",
         "cancel",
         "drive",
     ],

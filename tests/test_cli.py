@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -524,9 +526,68 @@ def test_a_closed_pipe_does_not_end_the_driver_of_a_local_chain(two_links: RunDi
 # ---- submit --dry-run ----------------------------------------------------------------------
 
 
-def test_a_dry_run_prints_the_script_and_leaves_nothing(runs: Path, said: Said) -> None:
-    argv = ["submit", "toy.yaml", "--dry-run", "--cluster", "local", "--time", "02:00:00"]
-    code, out, _ = said(*argv)
-    assert code == 0
-    assert "#SBATCH --time=02:00:00\n" in out
+def test_a_dry_run_prints_the_script_and_leaves_nothing(runs: Path, tmp_path: Path) -> None:
+    done = child(*DRY, "--cluster=slurm", cwd=runs.parent, PATH=slurm_that_tells(tmp_path).path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("#!/bin/bash\n")
+    assert "#SBATCH --time=02:00:00\n" in done.stdout
+    assert not runs.exists()
+
+
+DRY = ("submit", "toy.yaml", "--dry-run", "--time", "02:00:00")
+
+
+def slurm_that_tells(tmp_path: Path, start_s: float = 0.0, code: int = 0) -> FakeSlurm:
+    """A Slurm whose sbatch tells when a job would start, and takes none."""
+    slurm = FakeSlurm(tmp_path / "slurm")
+    start = time.time() + start_s
+    told = (
+        f"sbatch: Job 5 to start at {start:.0f} using 8 processors on nodes n[1-2] in partition p"
+    )
+    told = told if code == 0 else "allocation failure: Invalid qos specification"
+    slurm.program(
+        "sbatch", f"cat > /dev/null; [ $1 = --test-only ] && echo '{told}' >&2; exit {code}"
+    )
+    return slurm
+
+
+def test_a_dry_run_says_when_slurm_would_start_the_job_beside_the_script(
+    runs: Path, tmp_path: Path
+) -> None:
+    path = slurm_that_tells(tmp_path, start_s=3 * 3600 + 30).path
+    done = child(*DRY, "--cluster=slurm", cwd=runs.parent, PATH=path)
+    when = (
+        r"Slurm would start the first job in 3 h, at .*\d\d:\d\d, on n\[1-2\], as the queue is now."
+    )
+    assert re.fullmatch(when, done.stderr.strip())
+    path = slurm_that_tells(tmp_path / "soon").path
+    done = child(*DRY, "--cluster=slurm", cwd=runs.parent, PATH=path)
+    assert done.stderr.startswith("Slurm would start the first job at once, on n[1-2]")
+
+
+def test_a_dry_run_has_slurms_refusal_verbatim_and_its_exit_code(
+    runs: Path, tmp_path: Path
+) -> None:
+    path = slurm_that_tells(tmp_path, code=1).path
+    done = child(*DRY, "--cluster=slurm", cwd=runs.parent, PATH=path)
+    assert done.returncode == 6
+    assert "allocation failure: Invalid qos specification" in done.stderr
+    assert done.stdout.startswith("#!/bin/bash\n")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "how"),
+    [
+        ("local", "# on this machine, for 02:00:00 at most, again and again until"),
+        ("debug", "# within this very process, one link after the other"),
+    ],
+)
+def test_a_dry_run_without_slurm_prints_what_would_run_instead_of_a_batch_script(
+    runs: Path, said: Said, cluster: str, how: str
+) -> None:
+    code, out, err = said(*DRY, "--cluster", cluster)
+    first, command = out.splitlines()
+    assert (code, err) == (0, "")
+    assert first.startswith(how)
+    assert command == shlex.join([sys.executable, "-m", "hpcresume", "link", str(runs / "toy")])
     assert not runs.exists()

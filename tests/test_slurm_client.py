@@ -16,7 +16,7 @@ from made_run import add_link, make_run
 from hpcresume.config import RunConfig, SchedulerConfig, from_mapping
 from hpcresume.errors import ConfigError, SubmissionRejected, Unavailable
 from hpcresume.run_dir import RunDir
-from hpcresume.scheduler import hardware, slurm, slurm_clients
+from hpcresume.scheduler import hardware, slurm, slurm_clients, slurm_text
 from hpcresume.scheduler.hardware import Hardware
 from hpcresume.scheduler.job import JobSpec, JobState
 from hpcresume.scheduler.local import LocalScheduler
@@ -278,8 +278,13 @@ def test_a_users_own_script_gets_its_real_options_and_then_the_chains(cluster: C
 
 
 def test_what_sbatch_would_say_is_passed_on(cluster: Cluster) -> None:
-    cluster.program("sbatch", "cat > /dev/null; echo 'sbatch: Job 5 to start at T' >&2")
-    assert scheduler(cluster).test_only(spec(cluster)) == "sbatch: Job 5 to start at T"
+    said = "sbatch: Job 5 to start at 1795299701 using 8 processors on nodes n[1-2] in partition p"
+    cluster.program("sbatch", f"cat > /dev/null; echo 'site: hello' >&2; echo '{said}' >&2")
+    found = scheduler(cluster).test_only(spec(cluster))
+    assert found == slurm_text.FirstStart(1795299701.0, "n[1-2]", f"site: hello {said}")
+    assert cluster.environ_of("sbatch")["SLURM_TIME_FORMAT"] == "%s"
+    cluster.program("sbatch", "cat > /dev/null; echo 'sbatch: it may start some day' >&2")
+    assert scheduler(cluster).test_only(spec(cluster)).at is None
     cluster.program("sbatch", refuse(REFUSED))
     with pytest.raises(SubmissionRejected, match="Invalid partition"):
         scheduler(cluster).test_only(spec(cluster))

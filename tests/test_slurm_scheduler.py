@@ -213,7 +213,10 @@ def test_a_refusal_has_slurms_own_words(slurm: SlurmCluster, run: RunDir) -> Non
 
 
 def test_slurm_says_whether_it_would_take_a_job(slurm: SlurmCluster, run: RunDir) -> None:
-    assert "to start at" in scheduler(slurm).test_only(spec(slurm, run))
+    found = scheduler(slurm).test_only(spec(slurm, run))
+    assert found.at is not None
+    assert abs(found.at - time.time()) < 60
+    assert found.nodes in slurm.nodes
     with pytest.raises(SubmissionRejected, match="Invalid partition name specified"):
         scheduler(slurm, partition="nope").test_only(spec(slurm, run))
 

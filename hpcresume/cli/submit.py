@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,11 @@ from hpcresume.scheduler.doctor.way import Way
 )
 @command_options
 @runs_option
-@click.option("--dry-run", is_flag=True, help="Print the batch script and submit nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the batch script, and when it would start; submit nothing.",
+)
 @click.option("--force-new", is_flag=True, help="If the name is taken, append -2.")
 @click.option("--detach", is_flag=True, help="Local backend: do not wait, survive the terminal.")
 def submit(config: Path | None, config_option: Path | None, runs: str | None, **flags: Any) -> int:
@@ -76,8 +81,7 @@ def submit(config: Path | None, config_option: Path | None, runs: str | None, **
     )
     root = root_of(runs)
     if flags["dry_run"]:
-        click.echo(_dry(settings, root))
-        return 0
+        return _dry(settings, root)
     run = verbs.prepare(
         settings, root, project=Path.cwd(), environ=os.environ, force_new=flags["force_new"]
     )
@@ -114,10 +118,16 @@ def _options(flags: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _dry(settings: RunConfig, root: Path) -> str:
-    from hpcresume import submit as verbs
+def _dry(settings: RunConfig, root: Path) -> int:
+    """The script to standard output, what is known about it to standard error."""
+    from hpcresume import preview
 
-    return verbs.dry_run(settings, root, project=Path.cwd(), environ=os.environ)
+    about: dict[str, Any] = {"project": Path.cwd(), "environ": os.environ}
+    click.echo(preview.first_job(settings, root, **about), nl=False)
+    start = preview.first_start(settings, root, now=time.time(), **about)
+    if start is not None:
+        click.echo(start, err=True)
+    return 0
 
 
 def begin(run: RunDir, config: RunConfig, *, detach: bool) -> int:

@@ -50,8 +50,13 @@ def scheduler_of(
         return SlurmScheduler(config or SchedulerConfig(), environ=environ, launcher=launcher)
     from hpcresume.scheduler.local import LocalScheduler
 
-    command = [sys.executable, "-m", "hpcresume", "link", str(run.path)]
-    return LocalScheduler(run, command, **({"grace_s": config.grace_s} if config else {}))
+    grace = {"grace_s": config.grace_s} if config else {}
+    return LocalScheduler(run, local_command(run), **grace)
+
+
+def local_command(run: RunDir) -> list[str]:
+    """What each job of a run executes on this machine."""
+    return [sys.executable, "-m", "hpcresume", "link", str(run.path)]
 
 
 def asking_scheduler(run: RunDir, environ: Mapping[str, str]) -> Scheduler | None:

@@ -173,19 +173,22 @@ class SlurmScheduler:
                 return twins[0]
         return id
 
-    def test_only(self, spec: JobSpec) -> str:
-        """What sbatch --test-only says about a job. It does not look at the partition's limit."""
+    def test_only(self, spec: JobSpec) -> slurm_text.FirstStart:
+        """When a job would start, as the queue is now: what sbatch --test-only says.
+
+        It looks neither at the partition's limit nor at the deadline. Raises SubmissionRejected.
+        """
         if spec.script is not None:
             arguments = [*script.script_arguments(spec, self._config, ()), str(spec.script)]
             text = None
         else:
             arguments, text = [], script.render(spec, self._config, ["true"])
-        environ = self._submission_environ(spec)
+        environ = self._submission_environ(spec) | {"SLURM_TIME_FORMAT": "%s"}
         done = self._clients.call("sbatch", "--test-only", *arguments, environ=environ, text=text)
         said = slurm_text.words(done.err)
         if done.code:
             raise SubmissionRejected(f"Slurm would refuse the job: {said}")
-        return said
+        return slurm_text.parse_first_start(said)
 
     # ---- asking --------------------------------------------------------------------------
 

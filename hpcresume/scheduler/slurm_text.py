@@ -83,6 +83,28 @@ def parse_job_id(text: str) -> str | None:
     return found[-1] if found else None
 
 
+@dataclass(frozen=True)
+class FirstStart:
+    """When and where a job would start."""
+
+    at: float | None
+    """Unix seconds; None where that was not said."""
+    nodes: str
+    words: str
+    """All that sbatch said."""
+
+
+_FIRST_START = re.compile(r"to start at (\d+)(?: using .* on nodes (\S+))?")
+
+
+def parse_first_start(text: str) -> FirstStart:
+    """What sbatch --test-only estimates, out of all that it and the site's plugins print."""
+    found = _FIRST_START.search(text)
+    if found is None:
+        return FirstStart(None, "", " ".join(text.split()))
+    return FirstStart(float(found[1]), found[2] or "", " ".join(text.split()))
+
+
 def parse_queue(text: str) -> list[JobInfo]:
     """The jobs in squeue's answer in QUEUE_FORMAT, oldest first."""
     jobs = []

@@ -21,6 +21,7 @@ import ranks
 from cluster import EPOCH, Cluster, Job, Killed, Life, SimulatedScheduler, Violation
 
 from hpcresume import link
+from hpcresume.config import read_frozen
 from hpcresume.errors import HpcResumeError
 from hpcresume.journal import read_metrics
 from hpcresume.link import LinkOutcome, Surroundings
@@ -28,7 +29,7 @@ from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.scheduler.job import JobState
 from hpcresume.signals import SignalFlags
 from hpcresume.story import Story, read_story, token_prefix
-from hpcresume.successors import note_queued
+from hpcresume.successors import job_spec, note_queued
 
 #: More jobs than any chain here can need.
 _MOST_JOBS = 150
@@ -128,7 +129,8 @@ class SimulatedChain:
         journal.close()
         run_id = str(self.run.identify()["id"])
         job = self.cluster.add(f"{token_prefix(run_id)}0", (), 0.0)
-        note_queued(self.run, job.id, self._journal)
+        spec = job_spec(self.run, read_frozen(self.run.config), lead_s=_LEAD_S)
+        note_queued(self.run, job.id, spec, self._journal)
         if plan.mode == "drive":
             self.driver = driver.SimulatedDriver(self.run, self.cluster, self._journal)
 
