@@ -114,7 +114,7 @@ def as_table(title: str, table: list[Row]) -> str:
         ]
         for row in table
     ]
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    widths = [max(3, *map(len, column)) for column in zip(head, *cells, strict=True)]
     lines = [head, ["-" * width for width in widths], *cells]
     text = "\n".join(
         f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))} |" for line in lines
@@ -148,7 +148,10 @@ def of_cluster(options: argparse.Namespace) -> tuple[dict[str, Inputs], dict[str
     work_s = sum(link.committed_s for link in own.played.links)
     default = cadence_of(RunConfig().checkpoint)
     modelled = hpcresume_chain(own.inputs, limit_s=LIMIT_S, work_s=work_s, cadence=default)
-    other = submitit_chain(submitit.inputs, limit_s=LIMIT_S, work_s=work_s, signal_s=options.signal)
+    # A long one: when in a job Slurm looks whether to warn it is chance, and half of such a link.
+    other = submitit_chain(
+        submitit.inputs, limit_s=LIMIT_S, work_s=20 * work_s, signal_s=options.signal
+    )
     one_minute = [
         row_of("hpcresume, measured", own.played),
         row_of("hpcresume, the model", modelled),
