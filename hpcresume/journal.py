@@ -6,8 +6,8 @@ newer claim adopted (of its metrics as well). What a fenced link writes later is
 read.
 
 A record is `{v, t, kind, link, job, …}`; `t` is Unix seconds, durations are seconds from a
-monotonic clock. Kinds: submitted claimed queued started restored saved save_failed quarantined
-stop_asked ended decided changed completed cancelled.
+monotonic clock. Kinds: submitted claimed queued restored started stepped saved save_failed
+quarantined stop_asked ended decided changed completed cancelled.
 """
 
 from __future__ import annotations

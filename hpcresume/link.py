@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -41,7 +42,9 @@ from hpcresume.story import (
     this_process,
 )
 from hpcresume.successors import Successors, lead_s, save_durations
+from hpcresume.training import start_up
 from hpcresume.training.heartbeat import Hang, Watchdog
+from hpcresume.training.start_up import StartUp
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +141,10 @@ class _Supervisor:
         self.around = around
         self.environ = environ
         self.job: Allocation = allocation(environ)
+        self.start_up = StartUp()
+        if self.job.start_time is not None:
+            began = around.now() - self.start_up.age_s()
+            self.start_up.waited("job", began - self.job.start_time)
         self.scheduler: Scheduler | None = None
         if self.job.scheduler != "none":
             self.scheduler = around.scheduler_of(
@@ -335,6 +342,10 @@ class _Supervisor:
     def _start(self, link: LinkDir, history: Sequence[PastLink]) -> step.Step:
         assert self.journal is not None
         self._publish_end(link)
+        if history and self._failed_at_once(history[-1]):
+            # What was compiled may be to blame: the next link compiles for itself.
+            shutil.rmtree(self.run.cache, ignore_errors=True)
+        self.start_up.reached("supervisor")
         durations = save_durations(self.past)
         environ = {
             "HPCRESUME_RUN": str(self.run.path),
@@ -345,6 +356,7 @@ class _Supervisor:
             "HPCRESUME_CRASHES": str(chain.spent(history).crashes),
             "MASTER_ADDR": _master_address(self.job),
             "MASTER_PORT": str(_free_port()),
+            start_up.VARIABLE: self.start_up.told(),
         }
         if self.job.job_id:
             environ["HPCRESUME_JOB_ID"] = self.job.job_id
@@ -364,6 +376,12 @@ class _Supervisor:
             num_tasks=self.num_tasks,
             run=self.run.path,
         )
+
+    def _failed_at_once(self, past: PastLink) -> bool:
+        """Whether a link broke down before its first step was done."""
+        own = next((link for link in self.past if link.number == past.number), None)
+        began = own is not None and own.last("started") and not own.last("stepped")
+        return past.cause in chain.CRASHES and bool(began)
 
     # ---- 4: watching ----------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -31,8 +32,14 @@ from hpcresume.training.berth import Berth
 from hpcresume.training.clock import Clock
 from hpcresume.training.distributed import Ranks
 from hpcresume.training.heartbeat import Heartbeat
+from hpcresume.training.saving import give_way
+from hpcresume.training.start_up import VARIABLE, StartUp
+from hpcresume.training.warm import WarmStart, warm_start
 
 log = logging.getLogger(__name__)
+
+#: Where the job ends sooner, nothing is begun any more that the next link could do without.
+_ENDING_S = 5.0
 
 
 # ---- the training function ---------------------------------------------------------------
@@ -112,6 +119,8 @@ def _import_errors(target: str) -> Any:
 
 def run_rank(run: RunDir, number: int, environ: Mapping[str, str]) -> int:
     """A rank under a supervisor; returns its exit code."""
+    start_up = StartUp(environ.get(VARIABLE))
+    start_up.reached("imports")
     run.check_private()
     config = read_frozen(run.config)
     link = run.link(number)
@@ -130,6 +139,10 @@ def run_rank(run: RunDir, number: int, environ: Mapping[str, str]) -> int:
             guess_s=0.0,
             saves=map(float, environ.get("HPCRESUME_SAVES_S", "").split()),
         )
+        warm = warm_start(run, link, environ, keeper=place.local_rank == 0)
+        if warm is not None:
+            os.environ.update(warm.settings(environ))
+        start_up.reached("caches")
         try:
             train = load_train(config.train, code_roots(run))
         except ConfigError as error:
@@ -137,6 +150,8 @@ def run_rank(run: RunDir, number: int, environ: Mapping[str, str]) -> int:
             files.write_json(link.rank_failure(place.rank), record)
             log.error("%s", error)
             return error.exit_code
+        start_up.reached("code")
+        keeping = _Keeping(warm)
 
         def berth_of(ranks: Ranks) -> Berth:
             return berth_for(
@@ -149,12 +164,47 @@ def run_rank(run: RunDir, number: int, environ: Mapping[str, str]) -> int:
                 job=environ.get("HPCRESUME_JOB_ID"),
                 orphaned=(lambda: os.getppid() != supervisor) if supervisor else (lambda: False),
                 beat=beat,
+                start_up=start_up,
+                # Other nodes find in the run what the first one has copied.
+                warmed=keeping.begin if place.rank == 0 else lambda: None,
                 stop_at=int(environ[STOP_AT]) if STOP_AT in environ else None,
             )
 
-        code = serve(berth_of, train, place, config)[2]
+        how, _, code = serve(berth_of, train, place, config)
+        left_s = clock.remaining_s()
+        keeping.end(last=how != "failed" and (left_s is None or left_s > _ENDING_S))
         beat.close()
         return code
+
+
+class _Keeping:
+    """Has what was compiled kept for later links, beside the training."""
+
+    def __init__(self, warm: WarmStart | None) -> None:
+        self._warm = warm
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Copy in the background what there is now."""
+        if self._warm is not None:
+            # It must not hold up the end of a process whose disk is gone.
+            self._thread = threading.Thread(target=self._copy, name="compiled", daemon=True)
+            self._thread.start()
+
+    def _copy(self) -> None:
+        assert self._warm is not None
+        give_way()
+        self._warm.keep()
+
+    def end(self, *, last: bool) -> None:
+        """Copy what has been added, if there is still the time, and give the folder up."""
+        if self._thread is not None and last:
+            self._thread.join(_ENDING_S)
+        if self._warm is None or (self._thread is not None and self._thread.is_alive()):
+            return
+        if last:
+            self._warm.keep()
+        self._warm.leave()
 
 
 def _heartbeat(link: LinkDir, place: RankPlace, config: RunConfig) -> Heartbeat:

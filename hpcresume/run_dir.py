@@ -12,6 +12,7 @@ checkpoint-1000/         committed checkpoints
 pinned-1000              keeps that checkpoint, whatever the policy says
 links/0007/              the claim of link 7, its journals, metrics and logs
 jobs/                    batch scripts, job output; the local driver's queue
+cache/                   what torch.compile and Triton have compiled; may be removed at any time
 final_model/             after completion
 train.log                the log of all links, for tail -F
 STOP, CANCEL             requests, made by creating the file
@@ -169,6 +170,11 @@ class RunDir:
     def jobs(self) -> Path:
         """Batch scripts and job output; the local driver's queue."""
         return self.path / "jobs"
+
+    @property
+    def cache(self) -> Path:
+        """Compiled code for later links, by the kind of processor; made when there is some."""
+        return self.path / "cache"
 
     @property
     def driver(self) -> Path:

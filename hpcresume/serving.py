@@ -25,6 +25,7 @@ from hpcresume.training.clock import Clock
 from hpcresume.training.determinism import make_deterministic, seed_everything
 from hpcresume.training.distributed import Ranks
 from hpcresume.training.heartbeat import Heartbeat
+from hpcresume.training.start_up import StartUp
 
 #: In the name of the process that serves: "rank" is the word that people know.
 log = logging.getLogger("hpcresume.rank")
@@ -130,9 +131,13 @@ def berth_for(
     job: str | None,
     orphaned: Callable[[], bool] = lambda: False,
     beat: Heartbeat | None = None,
+    start_up: StartUp | None = None,
+    warmed: Callable[[], None] = lambda: None,
     stop_at: int | None = None,
 ) -> Berth:
     """What the session of one rank of a claimed link is made of."""
+    start_up = start_up or StartUp()
+    start_up.reached("ranks")
     journal = Journal(link.training, link=link.number, job=job) if ranks.rank == 0 else None
     links = read_chain(run)
     fresh = config.resume == "never" and link.number == 1
@@ -152,5 +157,7 @@ def berth_for(
         begin_fresh=fresh,
         orphaned=orphaned,
         beat=beat,
+        start_up=start_up,
+        warmed=warmed,
         stop_at=stop_at,
     )

@@ -40,6 +40,7 @@ from hpcresume.training.record import MetricLog, trainer_state
 from hpcresume.training.retrying import TRANSIENT, retried
 from hpcresume.training.roll_back import RollBack
 from hpcresume.training.saving import Saver
+from hpcresume.training.start_up import LONG_S
 from hpcresume.training.stopping import StopWatch
 from hpcresume.training.stream import StreamLoader
 from hpcresume.training.watch import Watch
@@ -155,6 +156,8 @@ class Session:
             number = berth.link.number
             berth = dataclasses.replace(berth, lineage=self._back.narrowed(berth.lineage, number))
         self._saver = Saver(berth, self._contents, self._metrics)
+        self._start_up = berth.start_up
+        self._start_up.reached("checkpoint")
         self._take_over()
         self._guard = Guard(berth, self._metrics, self._saver, self._back)
         self._published_at = 0.0
@@ -243,6 +246,8 @@ class Session:
                     self._say_epoch()
                 came = False
                 for batch, last in feed.batches(self.epoch, self._position, self._feed_state):
+                    if not came:
+                        self._start_up.reached("batch")
                     came = True
                     self._position += 1
                     if self._skip_through is not None and self._is_left_out(last):
@@ -425,8 +430,14 @@ class Session:
         self._set_end()
         if self._rank0:
             self._clock.guess(self._contents.payload_bytes() / SLOW_DISK_BYTES_S)
+        self._start_up.reached("restore")
         if self._berth.journal is not None:
-            self._berth.journal.write("started", step=self.global_step, max_steps=self.max_steps)
+            self._berth.journal.write(
+                "started",
+                step=self.global_step,
+                max_steps=self.max_steps,
+                start_up=self._start_up.to_json(),
+            )
             self._publish()
         if self._config.deterministic and self.world_size > 1:
             for words in buckets.settle(dict(self._contents.items()).values()):
@@ -445,6 +456,17 @@ class Session:
         self._rate_from = (self._step_began, self.global_step)
         self._beat.enter(FIRST_STEP)
         return feed
+
+    def _first_step_done(self) -> None:
+        start = self._start_up
+        start.done()
+        seconds = round(start.seconds, 3)
+        self._saver.note(
+            "stepped", step=self.global_step, seconds=seconds, start_up=start.to_json()
+        )
+        if self._rank0:
+            log.log(logging.INFO if seconds > LONG_S else logging.DEBUG, "%s", start.words())
+        self._berth.warmed()
 
     def _check_registered(self) -> None:
         """Raise CheckpointError where the checkpoint holds what nobody has asked for."""
@@ -564,6 +586,8 @@ class Session:
         self._train_seconds += took
         self.global_step += 1
         self._beat.step(self.global_step)
+        if not self._start_up.over:
+            self._first_step_done()
         self._metrics.end_step(self.global_step, self.epoch, self._position)
         if self._last:
             self.epoch += 1

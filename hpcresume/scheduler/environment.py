@@ -46,6 +46,8 @@ class Allocation:
     num_nodes: int = 1
     num_tasks: int | None = None
     """Tasks that the job was asked for; None where it was not said."""
+    start_time: float | None = None
+    """Unix seconds, by the scheduler's clock."""
     end_time: float | None = None
     """Unix seconds, as known when the job started: stale after a changed limit or preemption."""
 
@@ -80,6 +82,7 @@ def allocation(environ: Mapping[str, str]) -> Allocation:
         node_list=environ.get("SLURM_JOB_NODELIST", ""),
         num_nodes=int(environ.get("SLURM_JOB_NUM_NODES", "1")),
         num_tasks=int(num_tasks) if num_tasks else None,
+        start_time=_float(environ.get("SLURM_JOB_START_TIME")),
         end_time=_float(environ.get("SLURM_JOB_END_TIME")),
     )
 

@@ -12,6 +12,7 @@ from hpcresume.signals import SignalFlags
 from hpcresume.training.clock import Clock
 from hpcresume.training.distributed import Ranks
 from hpcresume.training.heartbeat import Heartbeat
+from hpcresume.training.start_up import StartUp
 
 
 @dataclass(kw_only=True)
@@ -37,5 +38,9 @@ class Berth:
     """Whether the supervisor is gone."""
     beat: Heartbeat = field(default_factory=Heartbeat)
     """Tells the supervisor that this rank goes on; by default nobody."""
+    start_up: StartUp = field(default_factory=StartUp)
+    """Measures the time to the first step."""
+    warmed: Callable[[], None] = lambda: None
+    """Told when the first step is done, so that most of what is to be compiled has been."""
     stop_at: int | None = None
     """The step after which this link saves and leaves; None: whenever it must."""
