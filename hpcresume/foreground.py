@@ -27,7 +27,7 @@ from hpcresume.config import (
     read_frozen,
     to_mapping,
 )
-from hpcresume.display.logging import logging_to
+from hpcresume.display.logging import debug_to, logging_to
 from hpcresume.display.terminal import let_go_of_stdout
 from hpcresume.errors import ConfigError, HpcResumeError, RunLive, UsageError, unavailable
 from hpcresume.history import past_link
@@ -101,6 +101,7 @@ def _foreground(
                     request.unlink(missing_ok=True)
             link = run.link(ranks.broadcast(number))
             taken.append(link)
+            debug_to(link.debug_log(place.rank))
             return berth_for(run, link, config, ranks, flags, clock, job=job.job_id)
 
         with logging_to(*((run.train_log,) if place.rank == 0 else ()), level=config.log.level):

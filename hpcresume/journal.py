@@ -12,6 +12,7 @@ quarantined stop_asked ended decided changed completed cancelled.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,18 @@ class Journal:
     def close(self) -> None:
         """Give the file back."""
         self._lines.close()
+
+
+def record_id(record: Mapping[str, Any]) -> str:
+    """A short name for a record, made of its content: eight hexadecimal digits."""
+    return hashlib.blake2b(files.to_json(record), digest_size=4).hexdigest()
+
+
+def asking_about(run: RunDir, record: Mapping[str, Any] | None) -> str:
+    """What a log line ends with: ` (more: hpcresume why toy --record 1f3a9c02)`."""
+    if record is None:
+        return ""
+    return f" (more: hpcresume why {run.name} --record {record_id(record)})"
 
 
 @dataclass(frozen=True)

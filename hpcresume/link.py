@@ -24,10 +24,10 @@ from typing import Any
 from hpcresume import chain, files
 from hpcresume.chain import Cause, Decision, PastLink
 from hpcresume.config import RunConfig, read_frozen
-from hpcresume.display.logging import logging_to
+from hpcresume.display.logging import debug_to, logging_to
 from hpcresume.errors import Fenced, RunLive, Unavailable
 from hpcresume.history import budgets_of, end_of, gather, past_link, past_links, verdict_of
-from hpcresume.journal import Journal, LinkRecords
+from hpcresume.journal import Journal, LinkRecords, asking_about
 from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.scheduler import step
 from hpcresume.scheduler.choice import scheduler_of
@@ -301,6 +301,8 @@ class _Supervisor:
         link = self.run.claim_after(newest, claim)
         if link is None:
             return None
+        debug_to(link.supervisor_log)
+        log.debug("the files of link %d are in %s", link.number, link.path)
         self.journal = self.around.journal(link.journal, link=link.number, job=self.job.job_id)
         self.journal.write("claimed", host=claim["host"], nodes=self.job.node_list)
         log.info(
@@ -414,14 +416,8 @@ class _Supervisor:
     def _end_hung(self, ranks: step.Step, link: LinkDir, hang: Hang) -> int:
         """Have the ranks say where they stand, and end them; their exit code."""
         assert self.journal is not None
-        log.error(
-            "rank %d gave %s: it hangs. All threads' stacks go to %s, and the ranks are killed",
-            hang.rank,
-            hang.reason,
-            link.rank_log(hang.rank),
-        )
         # Recorded first: the next link must know, whatever becomes of this process meanwhile.
-        self.journal.write(
+        record = self.journal.write(
             "ended",
             how="hung",
             reason=hang.reason,
@@ -429,6 +425,13 @@ class _Supervisor:
             step=hang.step,
             rank=hang.rank,
             limit_s=hang.limit_s,
+        )
+        log.error(
+            "rank %d gave %s: it hangs. All threads' stacks go to %s, and the ranks are killed%s",
+            hang.rank,
+            hang.reason,
+            link.rank_log(hang.rank),
+            asking_about(self.run, record),
         )
         ranks.show_stacks()
         ranks.wait(_STACKS_S)

@@ -22,8 +22,9 @@ from typing import Any
 
 from hpcresume import files
 from hpcresume.config import RunConfig, read_frozen
-from hpcresume.display.logging import logging_to
+from hpcresume.display.logging import debug_to, logging_to
 from hpcresume.errors import ConfigError
+from hpcresume.journal import asking_about
 from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.scheduler.environment import STOP_AT, RankPlace, rank_place
 from hpcresume.serving import TrainFunction, berth_for, place_of, serve
@@ -132,6 +133,7 @@ def run_rank(run: RunDir, number: int, environ: Mapping[str, str]) -> int:
     faulthandler.register(signal.SIGQUIT, all_threads=True)
     beat = _heartbeat(link, place, config)
     with listen() as flags, logging_to(*train_log, level=config.log.level):
+        debug_to(link.debug_log(place.rank))
         clock = Clock(
             end_time=None,
             file=link.deadline,
@@ -148,7 +150,7 @@ def run_rank(run: RunDir, number: int, environ: Mapping[str, str]) -> int:
         except ConfigError as error:
             record = {"type": "ConfigError", "message": str(error), "step": 0, "exit_code": 4}
             files.write_json(link.rank_failure(place.rank), record)
-            log.error("%s", error)
+            log.error("%s%s", error, asking_about(run, record))
             return error.exit_code
         start_up.reached("code")
         keeping = _Keeping(warm)

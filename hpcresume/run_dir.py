@@ -74,6 +74,11 @@ class LinkDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def monitor(self) -> Path:
+        """How rank 0's machine did, a line now and then."""
+        return self.path / "monitor.jsonl"
+
+    @property
     def supervisor_log(self) -> Path:
         """What the supervisor did, at DEBUG."""
         return self.path / "supervisor.log"
@@ -92,6 +97,10 @@ class LinkDir:
         """Everything that a rank prints. `%t` gives srun's pattern."""
         return self.path / f"rank-{rank}.log"
 
+    def debug_log(self, rank: int) -> Path:
+        """A rank's log at DEBUG, with the paths of what it touches."""
+        return self.path / f"rank-{rank}.debug.log"
+
     def beat(self, rank: int) -> Path:
         """A rank's newest sign of life."""
         return self.path / f"rank-{rank}.beat"
@@ -103,6 +112,10 @@ class LinkDir:
     def rank_failure(self, rank: int) -> Path:
         """The exception that ended a rank."""
         return self.path / f"rank-{rank}.failure.json"
+
+    def rank_failures(self) -> list[Path]:
+        """The failures of all ranks that have failed."""
+        return sorted(self.path.glob("rank-*.failure.json"))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,14 @@ from pathlib import Path
 from hpcresume import files
 from hpcresume.config import RunConfig
 from hpcresume.errors import HpcResumeError, NonFinite
-from hpcresume.journal import Journal, known_step, lineage, read_chain
+from hpcresume.journal import (
+    Journal,
+    Record,
+    asking_about,
+    known_step,
+    lineage,
+    read_chain,
+)
 from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.scheduler.environment import RankPlace
 from hpcresume.session import LinkEnds, Session
@@ -56,10 +63,10 @@ def serve(
         how, why, code = "stopped", end.reason, 0
     except BaseException as error:
         how, why, code = "failed", f"{type(error).__name__}: {error}", _exit_code(error)
-        _record_failure(berth, session, error, code)
+        record = _record_failure(berth, session, error, code)
         if session is not None:
             session._abandon()
-        _say_failure(berth, session, error)
+        _say_failure(berth, session, error, record)
     if berth.journal is not None:
         with contextlib.suppress(OSError):
             berth.journal.write("ended", how=how, reason=why, pace=berth.beat.paces())
@@ -77,7 +84,10 @@ def _exit_code(error: BaseException) -> int:
     return error.exit_code if isinstance(error, HpcResumeError) else 1
 
 
-def _record_failure(berth: Berth, session: Session | None, error: BaseException, code: int) -> None:
+def _record_failure(
+    berth: Berth, session: Session | None, error: BaseException, code: int
+) -> Record | None:
+    """Leave the record of a failure; None where the disk refuses it."""
     record = {
         "t": time.time(),
         "type": type(error).__name__,
@@ -90,18 +100,26 @@ def _record_failure(berth: Berth, session: Session | None, error: BaseException,
     if isinstance(error, NonFinite):
         # Noticed later than it came up.
         record |= {"step": error.step, "metric": error.metric}
-    with contextlib.suppress(OSError):
+    try:
         files.write_json(berth.link.rank_failure(berth.ranks.rank), record)
+    except OSError:
+        return None
+    return record
 
 
-def _say_failure(berth: Berth, session: Session | None, error: BaseException) -> None:
-    """The last word of the rank's log."""
+def _say_failure(
+    berth: Berth, session: Session | None, error: BaseException, record: Record | None
+) -> None:
+    """The last word of the rank's log: where, what, and who tells more."""
     text = "".join(traceback.format_exception(error))
+    more = asking_about(berth.run, record)
     if isinstance(error, HpcResumeError):
-        log.error("%s%s", error, place_of(error))
+        log.error("%s%s%s", error, place_of(error), more)
         log.debug("%s", text)
     else:
-        log.error("rank %d failed in step %d\n%s", berth.ranks.rank, _failed_step(session), text)
+        where = (berth.ranks.rank, _failed_step(session), place_of(error))
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        log.error("rank %d failed in step %d%s: %s%s\n%s", *where, what, more, text)
 
 
 def _failed_step(session: Session | None) -> int:

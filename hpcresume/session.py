@@ -28,6 +28,7 @@ from hpcresume.checkpoint.contents import Contents
 from hpcresume.config import RunConfig
 from hpcresume.errors import CheckpointError, HpcResumeError, Unavailable, UsageError
 from hpcresume.training import buckets, changes, hyperparameters, machine, roll_back
+from hpcresume.training.account import Account
 from hpcresume.training.berth import Berth
 from hpcresume.training.determinism import mixed_seed, seed_everything
 from hpcresume.training.distributed import Agreement
@@ -35,7 +36,9 @@ from hpcresume.training.emergency import Sentinel
 from hpcresume.training.feeds import feed_of
 from hpcresume.training.heartbeat import END, FIRST_STEP, SAVE, STOP
 from hpcresume.training.loader import Feed, ResumableLoader
+from hpcresume.training.monitor import Monitor
 from hpcresume.training.non_finite import Guard
+from hpcresume.training.progress import Progress
 from hpcresume.training.record import MetricLog, trainer_state
 from hpcresume.training.retrying import TRANSIENT, retried
 from hpcresume.training.roll_back import RollBack
@@ -121,6 +124,7 @@ class Session:
         self._beat = berth.beat
         self._contents = Contents(berth.ranks.rank, berth.ranks.world_size)
         self._metrics = MetricLog(berth.link if berth.ranks.rank == 0 else None)
+        self._account = Account(berth, self._metrics)
         self._agreement = Agreement(berth.ranks)
         self._stops = StopWatch(berth)
         self._cadence = cadence_of(berth.config.checkpoint)
@@ -161,8 +165,7 @@ class Session:
         self._take_over()
         self._guard = Guard(berth, self._metrics, self._saver, self._back)
         self._published_at = 0.0
-        self._step_began = time.monotonic()
-        self._rate_from = (self._step_began, self.global_step)
+        self._step_began = self._asked_at = time.monotonic()
 
     # ---- what a training function calls -------------------------------------------------
 
@@ -240,17 +243,19 @@ class Session:
         """
         feed = self._begin(loader, accumulate)
         self._stop_at_once_if_asked()
+        account = self._account
         try:
             while not self._finished():
-                if self._position == 0:
-                    self._say_epoch()
+                self._say_epoch()
                 came = False
                 for batch, last in feed.batches(self.epoch, self._position, self._feed_state):
+                    account.waited_s += time.monotonic() - self._asked_at
                     if not came:
                         self._start_up.reached("batch")
                     came = True
                     self._position += 1
                     if self._skip_through is not None and self._is_left_out(last):
+                        self._asked_at = time.monotonic()
                         continue
                     self._last = last
                     self.sync_gradients = last or self._position % accumulate == 0
@@ -262,6 +267,9 @@ class Session:
                         if self._finished():
                             break
                         self._look_after()
+                        self._asked_at = self._step_began
+                    else:
+                        self._asked_at = time.monotonic()
                 if not came:
                     raise UsageError(f"The data give no batch in epoch {self.epoch + 1}.")
                 self._feed_state = None
@@ -297,7 +305,9 @@ class Session:
                 return False
         self._best = {**self._metric_now, "step": self.global_step + 1}
         self._best_now = True
-        log.info("best %s so far: %.4f", name, value)
+        if self._rank0:
+            known = before if before is not None and before["name"] == name else {}
+            self._account.best(name, value, known.get("value"))
         return True
 
     def retry(
@@ -438,6 +448,9 @@ class Session:
                 max_steps=self.max_steps,
                 start_up=self._start_up.to_json(),
             )
+            objects = dict(self._contents.items()).values()
+            monitor = Monitor(self._berth.link, self.device, objects)
+            self._account.begin(feed, accumulate, monitor, self.global_step)
             self._publish()
         if self._config.deterministic and self.world_size > 1:
             for words in buckets.settle(dict(self._contents.items()).values()):
@@ -452,9 +465,10 @@ class Session:
         # Last of all: everything before may have drawn random numbers.
         self._restore_rng()
         self._saver.begun()
-        self._step_began = time.monotonic()
-        self._rate_from = (self._step_began, self.global_step)
+        self._step_began = self._asked_at = time.monotonic()
         self._beat.enter(FIRST_STEP)
+        if self._rank0:
+            self._account.show(self._now)
         return feed
 
     def _first_step_done(self) -> None:
@@ -592,10 +606,12 @@ class Session:
         if self._last:
             self.epoch += 1
             self._position = 0
-        if self._finished():
+        finished = self._finished()
+        if finished:
             self._beat.enter(END)
-            self._metrics.flush()
-            self._say_step(now)
+        if finished or self._last:
+            self._say_boundary(finished)
+        if finished:
             self._agreement.settle()
             self._save("end")
 
@@ -627,11 +643,12 @@ class Session:
         self._metric_now = None
         self._best_now = False
         if self._rank0:
-            said = self.global_step % self._config.log.every_steps == 0
+            said = self.global_step >= self._account.line_due
             if said or now - self._published_at >= _PUBLISH_S:
                 self._metrics.flush()
-                if said:
-                    self._say_step(now)
+                self._account.look(now, self.global_step, self._train_seconds)
+                if said or self._account.is_line_overdue(now, self.global_step, self.max_steps):
+                    self._account.say_step(self._now())
                 if now - self._published_at >= _PUBLISH_S:
                     self._publish()
                 self._step_began = time.monotonic()
@@ -798,6 +815,8 @@ class Session:
         latest, history = self._metrics.latest, state["log_history"]
         if latest and (not history or history[-1]["step"] != latest["step"]):
             state["log_history"] = [*history, latest][-100:]
+        # In front: the last lines of the file are the words that `tail` shows.
+        state = {"progress": self._now().to_json(), **state}
         try:
             files.write_json(self._berth.run.trainer_state, state, sync=completed)
         except OSError as error:
@@ -851,6 +870,7 @@ class Session:
 
     def _close(self) -> None:
         self._saver.close()
+        self._account.close()
         self._metrics.close()
         self._ranks.close()
 
@@ -858,22 +878,28 @@ class Session:
 
     def _say_epoch(self) -> None:
         if self._rank0:
-            total = f"/{self._config.epochs}" if self._config.epochs else ""
-            log.info("━━━ Epoch %d%s ━━━", self.epoch + 1, total)
+            continued = self._position > 0
+            self._account.epoch_begins(self.epoch, self._now(), continued=continued)
 
-    def _say_step(self, now: float) -> None:
-        if not self._rank0:
-            return
-        since, step = self._rate_from
-        rate = (self.global_step - step) / max(now - since, 1e-9)
-        self._rate_from = (now, self.global_step)
-        total = f"/{self.max_steps}" if self.max_steps else ""
-        values = ", ".join(
-            f"{name} {value:.4g}"
-            for name, value in self._metrics.latest.items()
-            if name not in ("step", "epoch") and isinstance(value, (int, float))
+    def _say_boundary(self, finished: bool) -> None:
+        """Tell of the end of an epoch, or of all steps."""
+        self._metrics.flush()
+        if self._rank0:
+            now = self._now()
+            if finished:
+                self._account.say_step(now)
+            if self._last:
+                self._account.epoch_ends(self.epoch - 1, now)
+
+    def _now(self) -> Progress:
+        """How far this rank is; from any thread."""
+        return self._account.now(
+            step=self.global_step,
+            total_steps=self.max_steps,
+            epoch=self.epoch,
+            position=self._position,
+            train_s=self._train_seconds,
         )
-        log.info("step %d%s: %s (%.1f steps/s)", self.global_step, total, values, rate)
 
 
 def _is_scaler(value: Any) -> bool:

@@ -15,7 +15,6 @@ from typing import Any
 import click
 
 from hpcresume.cli.options import chosen_run, root_of, runs_option
-from hpcresume.display.tables import clock
 from hpcresume.display.terminal import styled, terminal_width, wrapped
 from hpcresume.errors import HpcResumeError, Unavailable
 from hpcresume.run_dir import RunDir
@@ -23,7 +22,9 @@ from hpcresume.scheduler.choice import asking_scheduler
 from hpcresume.scheduler.job import JobInfo
 from hpcresume.status import read_status
 from hpcresume.story import Story, find_jobs, read_story
+from hpcresume.training.progress import clock
 from hpcresume.why import Explanation, explain, is_settled, link_to_ask_about
+from hpcresume.why.advice import Advice
 from hpcresume.why.evidence import ChainLine
 
 SCHEMA_VERSION = 1
@@ -32,11 +33,20 @@ _PATIENCE_S = 10.0
 
 @click.command()
 @click.argument("run", required=False)
+@click.option("--record", metavar="ID", help="Only one record, by the name in a log line.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @runs_option
-def why(run: str | None, as_json: bool, runs: str | None) -> int:
-    """Say why RUN stands as it does: cause, evidence, what to do next, and its history."""
+def why(run: str | None, record: str | None, as_json: bool, runs: str | None) -> int:
+    """Say why RUN stands as it does: cause, evidence, what to do next, and its history.
+
+    \b
+    Examples:
+      hpcresume why
+      hpcresume why toy --record 1f3a9c02
+    """
     chosen = chosen_run(run, runs)
+    if record is not None:
+        return _show_record(chosen, record, as_json)
     story = read_story(chosen)
     answer = _Answer([])
     if not is_settled(story):
@@ -45,20 +55,50 @@ def why(run: str | None, as_json: bool, runs: str | None) -> int:
             click.echo(str(chosen.path))
         answer = _ask(chosen, story)
     status = read_status(chosen, answer.jobs, answer.note)
-    default = chosen.path.parent == root_of(None)
     explanation = explain(
         story,
         status,
         answer.ends,
         _settings(chosen),
         now=time.time(),
-        called=chosen.name if default else str(chosen.path),
+        called=_called(chosen),
     )
     if as_json:
         document = {"schema_version": SCHEMA_VERSION, **explanation.to_json()}
         click.echo(json.dumps(document, indent=2, sort_keys=True))
     else:
         click.echo("\n".join(_lines(explanation)))
+    return 0
+
+
+def _called(run: RunDir) -> str:
+    """What a run is called in commands that are typed here."""
+    return run.name if run.path.parent == root_of(None) else str(run.path)
+
+
+def _show_record(run: RunDir, wanted: str, as_json: bool) -> int:
+    """Print one record, its traceback, and what to do."""
+    from hpcresume.why.record import find_record
+
+    found = find_record(run, wanted, _called(run))
+    record = found.record
+    if as_json:
+        document = {"schema_version": SCHEMA_VERSION, **found.to_json()}
+        click.echo(json.dumps(document, indent=2, sort_keys=True))
+        return 0
+    width = terminal_width()
+    link = f"link {found.path.parent.name.lstrip('0')}"
+    job = f"job {record['job']}" if record.get("job") else ""
+    when = time.strftime("%m-%d %H:%M:%S", time.localtime(float(record.get("t") or 0)))
+    head = " · ".join(part for part in (found.kind.replace("_", " "), link, job, when) if part)
+    click.echo(styled(head, "strong"))
+    click.echo()
+    click.echo("\n".join(_facts(found.facts, "", (), width)))
+    if record.get("traceback"):
+        click.echo()
+        click.echo(str(record["traceback"]).rstrip())
+    click.echo()
+    click.echo("\n".join(_steps([found.advice], width)))
     return 0
 
 
@@ -126,27 +166,33 @@ def _lines(told: Explanation) -> Iterator[str]:
     yield from (styled(line, "strong") for line in _wrapped(told.sentence, width, ""))
     if told.facts or told.log:
         yield ""
-        yield from _facts(told, width)
+        yield from _facts(told.facts, told.log, told.log_lines, width)
     if told.next:
         yield ""
-        for reason, command in told.next:
-            yield from _wrapped(reason + (":" if command else ""), width, "→ ")
-            if command:
-                # Whole, however narrow the terminal is: it is there to be copied.
-                yield "  " + styled(command, "command")
+        yield from _steps(told.next, width)
     if told.chain:
         yield ""
         yield from _table(_folded(told.chain), width)
 
 
-def _facts(told: Explanation, width: int) -> Iterator[str]:
-    rows = [*told.facts, *([("log", told.log)] if told.log else [])]
+def _steps(steps: Sequence[Advice], width: int) -> Iterator[str]:
+    for reason, command in steps:
+        yield from _wrapped(reason + (":" if command else ""), width, "→ ")
+        if command:
+            # Whole, however narrow the terminal is: it is there to be copied.
+            yield "  " + styled(command, "command")
+
+
+def _facts(
+    facts: Sequence[tuple[str, str]], log: str, log_lines: Sequence[str], width: int
+) -> Iterator[str]:
+    rows = [*facts, *([("log", log)] if log else [])]
     widest = max(len(label) for label, _ in rows)
     for label, text in rows:
         first, *rest = _wrapped(" ".join(text.split()), width - widest - 4, "")
         yield f"  {styled(label.ljust(widest), 'dim')}  {first}"
         yield from (" " * (widest + 4) + line for line in rest)
-    for line in told.log_lines:
+    for line in log_lines:
         shown = line.expandtabs(4)
         cut = shown if len(shown) <= width - 4 else shown[: max(1, width - 5)] + "…"
         yield f"  {styled('│', 'dim')} {cut}".rstrip()

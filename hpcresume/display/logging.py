@@ -12,10 +12,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpcresume.display.terminal import forgive
+from hpcresume.display.terminal import forgive, styled, wants_colour
 
 #: Module names as people know them.
-_WORDS = {"session": "train", "saving": "checkpoint", "store": "checkpoint", "record": "train"}
+_WORDS = {
+    "account": "train",
+    "monitor": "train",
+    "record": "train",
+    "saving": "checkpoint",
+    "serving": "rank",
+    "session": "train",
+    "store": "checkpoint",
+}
+_LEVEL_STYLES = {"WARNING": "warning", "ERROR": "bad", "CRITICAL": "bad", "DEBUG": "dim"}
 
 
 class LineFormatter(logging.Formatter):
@@ -28,10 +37,32 @@ class LineFormatter(logging.Formatter):
         """The record as a line."""
         module = record.name.rpartition(".")[2]
         tag = _WORDS.get(module, module)
-        if record.getMessage().startswith("saved step"):
-            tag = "checkpoint"
         record.tag = tag if record.levelno == logging.INFO else f"{tag}-{record.levelname}"
         return super().format(record)
+
+
+class _ConsoleFormatter(LineFormatter):
+    """The same line, quieter and louder in parts where colours are wanted."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return coloured(super().format(record))
+
+
+def coloured(line: str) -> str:
+    """A line of the log (or a record of several) in the colours of a terminal, where wanted."""
+    if not wants_colour():
+        return line
+    time, tag, message = line[:14], *line[15:].partition("] ")[::2]
+    if not tag.startswith("["):
+        return line
+    level = tag.rpartition("-")[2]
+    first, newline, rest = message.partition("\n")
+    if level in _LEVEL_STYLES:
+        first = styled(first, _LEVEL_STYLES[level])
+    elif first.startswith("━━━"):
+        first = styled(first, "strong")
+    shown = styled(f"{tag}]", _LEVEL_STYLES.get(level, "command"))
+    return f"{styled(time, 'dim')} {shown} {first}{newline}{rest}"
 
 
 class _Untroubled(logging.Handler):
@@ -44,41 +75,59 @@ class _Untroubled(logging.Handler):
 
 
 class _Console(_Untroubled, logging.StreamHandler):  # type: ignore[type-arg]
-    pass
+    """Writes to what standard output is at the time: a display that draws there takes it over."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stdout
+        super().emit(record)
 
 
 class _File(_Untroubled, logging.FileHandler):
-    pass
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:
+            # One that is made by its first line may not be made.
+            self.handleError(record)
 
 
 @contextlib.contextmanager
 def logging_to(
     *paths: Path, level: str = "INFO", console: bool = True, name: str = "hpcresume"
 ) -> Iterator[None]:
-    """Send the log to the console at `level` and to files at `level` (the first at DEBUG)."""
+    """Send the log to the console and to files, at `level`; what `debug_to` adds goes at the end.
+
+    A console without lines (`console=False`) is for those who draw what the lines tell.
+    """
     logger = logging.getLogger(name)
-    handlers: list[logging.Handler] = []
+    before = [*logger.handlers], logger.level, logger.propagate
     if console:
         forgive()
-        stream = _Console(sys.stdout)
-        stream.setLevel(level)
-        handlers.append(stream)
-    for index, path in enumerate(paths):
+        _add(logger, _Console(sys.stdout), level)
+    for path in paths:
         with contextlib.suppress(OSError):
-            file = _File(path, encoding="utf-8", delay=False)
-            file.setLevel(logging.DEBUG if index == 0 and len(paths) > 1 else level)
-            handlers.append(file)
-    for handler in handlers:
-        handler.setFormatter(LineFormatter())
-        logger.addHandler(handler)
-    before = logger.level, logger.propagate
+            _add(logger, _File(path, encoding="utf-8"), level)
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     try:
         yield
     finally:
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
-        for handler in handlers:
+        for handler in [h for h in logger.handlers if h not in before[0]]:
             logger.removeHandler(handler)
             handler.close()
+        logger.setLevel(before[1])
+        logger.propagate = before[2]
+
+
+def debug_to(path: Path, name: str = "hpcresume") -> None:
+    """Send everything to a file as well, until the `logging_to` around it ends.
+
+    The file is made when something is said.
+    """
+    _add(logging.getLogger(name), _File(path, encoding="utf-8", delay=True), "DEBUG")
+
+
+def _add(logger: logging.Logger, handler: logging.Handler, level: str) -> None:
+    handler.setLevel(level)
+    handler.setFormatter(_ConsoleFormatter() if isinstance(handler, _Console) else LineFormatter())
+    logger.addHandler(handler)

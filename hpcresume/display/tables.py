@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from hpcresume.display.terminal import styled, terminal_width
 from hpcresume.status import RunStatus
+from hpcresume.training.progress import clock
 
 _COLUMNS = ("RUN", "STATE", "STEP", "%", "LOSS", "LINK", "JOB", "LEFT", "DONE", "CHECKPOINT")
 _TO_THE_RIGHT = frozenset({"%", "LOSS", "LINK", "LEFT"})
@@ -106,13 +107,6 @@ def day_and_hour(at: float, now: float) -> str:
     if then.date() == today.date():
         return f"{then:%H:%M}"
     return f"{then:%a %H:%M}" if abs(at - now) < 6 * 86400 else f"{then.day} {then:%b}"
-
-
-def clock(seconds: float) -> str:
-    """1:05:09"""
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}"
 
 
 def ago(seconds: float) -> str:

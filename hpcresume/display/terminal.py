@@ -5,6 +5,7 @@ Needs no rich.
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import shutil
@@ -23,17 +24,39 @@ _STYLES = {
 }
 
 
+#: What stands for our own signs where the encoding has no more than ASCII.
+_PLAIN = str.maketrans(
+    {
+        "━": "=", "─": "-", "│": "|", "·": "|", "•": "|", "…": "...", "→": "->", "–": "-",
+        "×": "x", "█": "#", "✔": "+", "✖": "x", "▲": "!", "★": "*", "✓": "+",
+    }
+)  # fmt: skip
+
+
+def plain(text: str) -> str:
+    """A text of ours in ASCII; a question mark for what has no likeness there."""
+    return text.translate(_PLAIN).encode("ascii", "replace").decode()
+
+
+def _likeness(error: UnicodeError) -> tuple[str, int]:
+    """Error handler for streams."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return plain(error.object[error.start : error.end]), error.end
+
+
 def forgive() -> None:
     """Let nothing that is printed be an error.
 
-    A question mark is shown for what the terminal's encoding lacks; where standard output is
-    closed, nothing is.
+    What the terminal's encoding lacks is shown by its likeness in ASCII, or a question mark; where
+    standard output is closed, nothing is.
     """
+    codecs.register_error("hpcresume.likeness", _likeness)
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="hpcresume.likeness")
 
 
 def let_go_of_stdout() -> None:
@@ -45,10 +68,21 @@ def let_go_of_stdout() -> None:
 
 def styled(text: str, style: str) -> str:
     """Text in a style of the table above or in an ANSI code, where colours are wanted."""
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR")
-    if plain and not os.environ.get("FORCE_COLOR"):
+    if not wants_colour():
         return text
     return f"\x1b[{_STYLES.get(style, style)}m{text}\x1b[0m"
+
+
+def wants_colour() -> bool:
+    """Whether what is printed may be coloured."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
+
+
+def can_redraw() -> bool:
+    """Whether standard output is a terminal in which lines can be drawn over."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
 
 
 def terminal_width() -> int:

@@ -12,6 +12,7 @@ from hpcresume.signals import SignalFlags
 from hpcresume.training.clock import Clock
 from hpcresume.training.distributed import Ranks
 from hpcresume.training.heartbeat import Heartbeat
+from hpcresume.training.progress import Progress
 from hpcresume.training.start_up import StartUp
 
 
@@ -42,5 +43,8 @@ class Berth:
     """Measures the time to the first step."""
     warmed: Callable[[], None] = lambda: None
     """Told when the first step is done, so that most of what is to be compiled has been."""
+    show: Callable[[Callable[[], Progress]], None] | None = None
+    """Takes what tells, at any time and in any thread, how far the rank is, and draws that; None
+    where nobody draws, and lines must do."""
     stop_at: int | None = None
     """The step after which this link saves and leaves; None: whenever it must."""

@@ -82,6 +82,14 @@ class Clock:
         """Note the duration of a step."""
         self._steps.append(seconds)
 
+    def steps_s(self) -> list[float]:
+        """The durations of the last steps."""
+        return list(self._steps)
+
+    def longest_s(self, kind: str) -> float:
+        """The longest that something has taken so far; 0 where it has not been."""
+        return self._busy.get(kind, 0.0)
+
     def busy_took(self, kind: str, seconds: float) -> None:
         """Note the duration of something longer than a step; the longest of its kind counts."""
         self._busy[kind] = max(seconds, self._busy.get(kind, 0.0))

@@ -68,6 +68,11 @@ class Heartbeat:
         self._remembered = pace.remembered(links)
         self._relieved = pace.relieved(links)
 
+    @property
+    def doing(self) -> tuple[str, float]:
+        """What the rank is at, and since when by the monotonic clock; of steps, the first's."""
+        return self._kind, self._entered_at
+
     # ---- what the training's thread notes ------------------------------------------------
 
     def step(self, step: int) -> None:

@@ -36,7 +36,9 @@ from hpcresume.checkpoint.store import Store
 from hpcresume.errors import CheckpointError, Fenced
 from hpcresume.journal import (
     Lineage,
+    Record,
     Segment,
+    asking_about,
     read_chain,
     segments_from_json,
     segments_to_json,
@@ -122,9 +124,15 @@ class Saver:
             self._shares = Shares(self._berth.ranks)
 
     def _note_bad(self, step: int, reason: str) -> None:
-        log.warning("checkpoint-%d is not used: %s; it is quarantined", step, reason)
+        record = None
         if self._berth.journal is not None:
-            self._berth.journal.write("quarantined", step=step, reason=reason)
+            record = self._berth.journal.write("quarantined", step=step, reason=reason)
+        log.warning(
+            "checkpoint-%d is not used: %s; it is quarantined, and an older one is looked for%s",
+            step,
+            reason,
+            asking_about(self._berth.run, record),
+        )
 
     def _adopt(self) -> Lineage:
         """Declare what this link builds upon: from here on the rest is off the lineage."""
@@ -156,6 +164,7 @@ class Saver:
                 _age(max(0.0, time.time() - found.manifest.created)),
                 found.manifest.digest[:8],
             )
+            log.debug("it is %s", found.path)
         return lineage
 
     # ---- saving -------------------------------------------------------------------------
@@ -282,6 +291,7 @@ class Saver:
         running = epoch + 1 if progress["position"] else max(1, epoch)
         text = (step, running, files.size_words(size), seconds)
         log.info("saved step %d of epoch %d (%s in %.1f s)", *text)
+        log.debug("it is %s", self.committed.path)
         self._prune(self._policy)
         self.auto_s = self._interval_s(record["step_s"])
 
@@ -313,13 +323,15 @@ class Saver:
 
     def _refused(self, step: int, error: OSError) -> None:
         words = f"{error.strerror or error} ({error.filename or self._berth.run.path})"
+        self.saved_at = time.monotonic()
+        record = self.note("save_failed", step=step, reason=words)
         log.error(
-            "step %d could not be saved: %s; training goes on, the checkpoints before it stay",
+            "step %d could not be saved: %s; training goes on, the checkpoints before it stay. The "
+            "next save tries again: make room, or mend what is named, before that%s",
             step,
             words,
+            asking_about(self._berth.run, record),
         )
-        self.saved_at = time.monotonic()
-        self.note("save_failed", step=step, reason=words)
 
     def _prune(self, policy: Policy) -> None:
         """Remove what need not be kept any more."""
@@ -364,14 +376,15 @@ class Saver:
                 f"without changing anything."
             )
 
-    def note(self, kind: str, **fields: Any) -> None:
+    def note(self, kind: str, **fields: Any) -> Record | None:
         """Journal what a full disk may make impossible to journal; nothing on other ranks."""
         if self._berth.journal is None:
-            return
+            return None
         try:
-            self._berth.journal.write(kind, **fields)
+            return self._berth.journal.write(kind, **fields)
         except OSError as error:
-            log.error("the journal cannot be written: %s", error)
+            log.error("the journal cannot be written: %s; its record waits in memory", error)
+            return None
 
 
 #: Ends that lost no work, because a save came before them.

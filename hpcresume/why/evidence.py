@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpcresume.chain import PastLink
-from hpcresume.display.tables import ago, clock, day_and_hour, late_words
+from hpcresume.display.tables import ago, day_and_hour, late_words
 from hpcresume.status import fell_back
+from hpcresume.training.progress import clock
 from hpcresume.why.view import View, node_of, told
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hpcresume.chain import PLANNED, spent
 from hpcresume.config import local_moment
-from hpcresume.display.tables import clock
 from hpcresume.scheduler.job import JobInfo
+from hpcresume.training.progress import clock
 from hpcresume.why.view import BUDGETS, View, node_of, told
 
 #: A sentence is cut where somebody's error message is a page.
