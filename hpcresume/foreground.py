@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from hpcresume.config import (
     to_mapping,
 )
 from hpcresume.display.logging import debug_to, logging_to
-from hpcresume.display.terminal import let_go_of_stdout
+from hpcresume.display.terminal import can_redraw, let_go_of_stdout
 from hpcresume.errors import ConfigError, HpcResumeError, RunLive, UsageError, unavailable
 from hpcresume.history import past_link
 from hpcresume.journal import Journal
@@ -36,9 +36,9 @@ from hpcresume.run_dir import LinkDir, RunDir, find_run, is_run, runs_root
 from hpcresume.scheduler.choice import chosen_cluster
 from hpcresume.scheduler.environment import allocation, rank_place
 from hpcresume.serving import TrainFunction, berth_for, serve
-from hpcresume.signals import listen
+from hpcresume.signals import SignalFlags, listen
 from hpcresume.story import alive_elsewhere, live_jobs, read_story, this_process
-from hpcresume.training.berth import Berth
+from hpcresume.training.berth import Berth, Show
 from hpcresume.training.clock import Clock
 from hpcresume.training.distributed import Ranks
 
@@ -102,9 +102,11 @@ def _foreground(
             link = run.link(ranks.broadcast(number))
             taken.append(link)
             debug_to(link.debug_log(place.rank))
-            return berth_for(run, link, config, ranks, flags, clock, job=job.job_id)
+            return berth_for(run, link, config, ranks, flags, clock, job=job.job_id, show=show)
 
-        with logging_to(*((run.train_log,) if place.rank == 0 else ()), level=config.log.level):
+        paths = (run.train_log,) if place.rank == 0 else ()
+        drawn = _drawn(flags) if place.rank == 0 and can_redraw() else contextlib.nullcontext()
+        with drawn as show, logging_to(*paths, level=config.log.level):
             how, why, code = serve(berth_of, train, place, config)
     if place.rank == 0 and taken:
         _close_link(run, taken[0], job.job_id)
@@ -113,6 +115,15 @@ def _foreground(
         asked = flags.stop_asked()
         return 130 if flags.count(signal.SIGINT) else 143 if asked else 75 if clock.due() else 0
     return code
+
+
+@contextlib.contextmanager
+def _drawn(flags: SignalFlags) -> Iterator[Show]:
+    """Live progress in this terminal: what a session is to show it by."""
+    from hpcresume.display.progress import RankProgress
+
+    with RankProgress(lambda: flags.stop_asked() is not None) as progress:
+        yield progress.show
 
 
 def _open_run(

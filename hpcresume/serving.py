@@ -27,7 +27,7 @@ from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.scheduler.environment import RankPlace
 from hpcresume.session import LinkEnds, Session
 from hpcresume.signals import SignalFlags
-from hpcresume.training.berth import Berth
+from hpcresume.training.berth import Berth, Show
 from hpcresume.training.clock import Clock
 from hpcresume.training.determinism import make_deterministic, seed_everything
 from hpcresume.training.distributed import Ranks
@@ -152,6 +152,7 @@ def berth_for(
     start_up: StartUp | None = None,
     warmed: Callable[[], None] = lambda: None,
     stop_at: int | None = None,
+    show: Show | None = None,
 ) -> Berth:
     """What the session of one rank of a claimed link is made of."""
     start_up = start_up or StartUp()
@@ -178,4 +179,5 @@ def berth_for(
         start_up=start_up,
         warmed=warmed,
         stop_at=stop_at,
+        show=show,
     )

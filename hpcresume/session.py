@@ -897,7 +897,7 @@ class Session:
             step=self.global_step,
             total_steps=self.max_steps,
             epoch=self.epoch,
-            position=self._position,
+            position=self._position - self._in_body,
             train_s=self._train_seconds,
         )
 

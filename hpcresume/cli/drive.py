@@ -28,7 +28,10 @@ def detach_driver(run: RunDir) -> int:
 def drive_here(run: RunDir, config: RunConfig) -> int:
     """Serve a run's jobs until none is left, showing progress; Ctrl-C saves and rests."""
     said = False
-    with listen(second_interrupt_kills=True) as flags, LocalProgress(run) as progress:
+    with (
+        listen(second_interrupt_kills=True) as flags,
+        LocalProgress(run, lambda: flags.stop_asked() is not None) as progress,
+    ):
 
         def interrupted() -> bool:
             nonlocal said

@@ -1,60 +1,51 @@
-"""Live progress of a run that is driven from this terminal.
+"""Live progress at the bottom of a terminal, with what is printed scrolling above it.
 
-On a terminal a bar at the bottom, with the log lines scrolling above it; elsewhere the log lines
-alone. It reads the run's files and disturbs nothing.
+Of a training in this process (`RankProgress`), and of a chain that is driven from here
+(`LocalProgress`), which reads the run's files and disturbs nothing. Where lines cannot be drawn
+over, nothing is drawn: the log's lines tell the progress.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.text import Text
 
 from hpcresume import files
+from hpcresume.display.bars import progress_lines, spinner, values_line
+from hpcresume.display.logging import coloured
+from hpcresume.display.terminal import can_redraw
+from hpcresume.observe.progress import ProgressTail
 from hpcresume.run_dir import RunDir
+from hpcresume.training.progress import Progress
 
 _LOOK_S = 0.25
+_DRAWN_PER_S = 8
+
+Lines = Callable[[int], Sequence[Text]]
 
 
-class LocalProgress:
-    """Shows what the links print, and how far they are."""
+class _Drawn:
+    """Lines at the bottom of the terminal, drawn anew some times a second in a thread."""
 
-    def __init__(self, run: RunDir) -> None:
-        self._run = run
-        self._console = Console(highlight=False)
-        self._looked_at = 0.0
-        self._numbers: list[int] = run.link_numbers()
-        self._positions = {n: files.size_or_zero(run.link(n).rank_log(0)) for n in self._numbers}
-        self._bar: Progress | None = None
-        if self._console.is_terminal:
-            self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[loss]}"),
-                TimeElapsedColumn(),
-                TextColumn("<"),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
-            self._task = self._bar.add_task(run.name, total=None, loss="")
+    def __init__(self, console: Console, lines: Lines, interrupted: Callable[[], bool]) -> None:
+        self._console = console
+        self._lines = lines
+        self._interrupted = interrupted
+        self._live = Live(
+            get_renderable=self._draw,
+            console=console,
+            refresh_per_second=_DRAWN_PER_S,
+            transient=True,
+            vertical_overflow="crop",
+        )
 
-    def __enter__(self) -> LocalProgress:
-        if self._bar is not None:
-            self._bar.start()
+    def __enter__(self) -> _Drawn:
+        self._live.start()
         return self
 
     def __exit__(
@@ -63,8 +54,75 @@ class LocalProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._live.stop()
+
+    def _draw(self) -> RenderableType:
+        if self._interrupted():
+            # A second Ctrl-C ends the process at once, which must not leave a hidden cursor.
+            self._console.show_cursor(True)
+        # The last column stays free: some terminals begin a new line in it.
+        return Group(*self._lines(self._console.width - 1))
+
+
+class RankProgress:
+    """The progress of the training in this process; `show` is what its session is handed."""
+
+    def __init__(self, interrupted: Callable[[], bool] = lambda: False) -> None:
+        self._look: Callable[[], Progress] | None = None
+        self._console = Console(highlight=False)
+        self._drawn = _Drawn(self._console, self._lines, interrupted)
+
+    def __enter__(self) -> RankProgress:
+        self._drawn.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._drawn.__exit__(kind, error, trace)
+
+    def show(self, look: Callable[[], Progress]) -> None:
+        """Draw what `look` gives from now on; see `Berth.show`."""
+        self._look = look
+
+    def _lines(self, width: int) -> Sequence[Text]:
+        plain = self._console.options.ascii_only
+        if self._look is None:
+            return [Text(f"{spinner(plain)} starting", style="cyan")]
+        return progress_lines(self._look(), width, plain=plain)
+
+
+class LocalProgress:
+    """Shows what the links of a chain print, and how far they are."""
+
+    def __init__(self, run: RunDir, interrupted: Callable[[], bool] = lambda: False) -> None:
+        self._run = run
+        self._console = Console(highlight=False)
+        self._looked_at = 0.0
+        self._numbers: list[int] = run.link_numbers()
+        self._positions = {n: files.size_or_zero(run.link(n).rank_log(0)) for n in self._numbers}
+        self._tail = ProgressTail(run)
+        self._progress: Progress | None = None
+        self._drawn = None
+        if can_redraw():
+            self._drawn = _Drawn(self._console, self._lines, interrupted)
+
+    def __enter__(self) -> LocalProgress:
+        if self._drawn is not None:
+            self._drawn.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._drawn is not None:
+            self._drawn.__exit__(kind, error, trace)
 
     def say(self, text: str) -> None:
         """A line of our own."""
@@ -92,8 +150,8 @@ class LocalProgress:
                 self._print(Text(f"── link {number} ──", style="dim"))
         for number in sorted(self._positions)[-2:]:
             self._show_log(number)
-        if self._bar is not None:
-            self._show_bar()
+        if self._drawn is not None:
+            self._progress = self._tail.look()
 
     def _show_log(self, number: int) -> None:
         try:
@@ -104,21 +162,15 @@ class LocalProgress:
             return
         whole = data[: data.rfind(b"\n") + 1]
         self._positions[number] += len(whole)
-        if whole:
-            self._print(Text(whole.decode(errors="replace").rstrip("\n")), soft_wrap=True)
+        for line in whole.decode(errors="replace").splitlines():
+            self._print(Text.from_ansi(coloured(line)), soft_wrap=True)
 
-    def _show_bar(self) -> None:
-        assert self._bar is not None
-        state = files.read_json_or_none(self._run.trainer_state)
-        if not isinstance(state, dict):
-            return
-        history = state.get("log_history")
-        last = history[-1] if isinstance(history, list) and history else None
-        loss = last.get("loss") if isinstance(last, dict) else None
-        self._bar.update(
-            self._task,
-            completed=state.get("global_step", 0),
-            total=state.get("total_steps"),
-            description=f"{self._run.name} · link {state.get('link', 1)}",
-            loss=f"loss {loss:.4f}" if isinstance(loss, float) else "",
-        )
+    def _lines(self, width: int) -> Sequence[Text]:
+        plain = self._console.options.ascii_only
+        newest = max(self._positions, default=0)
+        if self._progress is None:
+            words = f"link {newest} starts" if newest else "the first job starts"
+            return [Text(f"{spinner(plain)} {words}", style="cyan")]
+        *bars, _ = progress_lines(self._progress, width, plain=plain)
+        lead = f"{self._run.name} • link {newest}"
+        return [*bars, values_line(self._progress, width, plain=plain, lead=lead)]

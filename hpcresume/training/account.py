@@ -70,7 +70,10 @@ class Account:
     def now(
         self, *, step: int, total_steps: int | None, epoch: int, position: int, train_s: float
     ) -> Progress:
-        """How far it is; `epoch` counts from 0, `position` its micro-batches. From any thread."""
+        """How far it is; `epoch` counts from 0, `position` the epoch's micro-batches that are done.
+
+        From any thread.
+        """
         now = time.monotonic()
         steps_s = self._berth.clock.steps_s()
         epochs, per_epoch = self._epochs, self._steps_per_epoch

@@ -15,6 +15,9 @@ from hpcresume.training.heartbeat import Heartbeat
 from hpcresume.training.progress import Progress
 from hpcresume.training.start_up import StartUp
 
+#: Takes what tells the progress at any time, in any thread.
+Show = Callable[[Callable[[], Progress]], None]
+
 
 @dataclass(kw_only=True)
 class Berth:
@@ -43,8 +46,7 @@ class Berth:
     """Measures the time to the first step."""
     warmed: Callable[[], None] = lambda: None
     """Told when the first step is done, so that most of what is to be compiled has been."""
-    show: Callable[[Callable[[], Progress]], None] | None = None
-    """Takes what tells, at any time and in any thread, how far the rank is, and draws that; None
-    where nobody draws, and lines must do."""
+    show: Show | None = None
+    """Whoever draws the progress is handed it by this; None where lines must do."""
     stop_at: int | None = None
     """The step after which this link saves and leaves; None: whenever it must."""

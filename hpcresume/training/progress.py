@@ -13,6 +13,8 @@ from typing import Any
 
 #: What a learning rate is called in what people log.
 _RATES = ("lr", "learning_rate")
+#: What is told in another way: tokens by their rate.
+_NOT_SHOWN = frozenset({"step", "epoch", "tokens"})
 #: Below it, a learning rate with six decimals says too little.
 _SMALL_RATE = 1e-4
 
@@ -140,9 +142,7 @@ def shown_metrics(metrics: Mapping[str, Any]) -> list[tuple[str, float]]:
     return [
         (name, value)
         for name, value in metrics.items()
-        if name not in ("step", "epoch")
-        and isinstance(value, (int, float))
-        and type(value) is not bool
+        if name not in _NOT_SHOWN and isinstance(value, (int, float)) and type(value) is not bool
     ]
 
 

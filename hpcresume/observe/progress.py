@@ -1,0 +1,70 @@
+"""How far a run is, from what its rank 0 publishes; for everybody outside of that process."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from hpcresume import files
+from hpcresume.run_dir import RunDir
+from hpcresume.training.heartbeat import END, STEP
+from hpcresume.training.progress import Progress, from_json
+
+#: What is published is at most so old while a rank lives: durations go on for so long.
+_FRESH_S = 10.0
+
+
+class ProgressTail:
+    """Looks at the same files again and again."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._content: Any = None
+        self._since = time.monotonic()
+        self._busy = ("", time.monotonic())
+
+    def look(self) -> Progress | None:
+        """How far the run is; None before its first step."""
+        content = files.read_json_or_none(self._run.trainer_state)
+        now = time.monotonic()
+        if content != self._content:
+            self._content, self._since = content, now
+        if not isinstance(content, dict):
+            return None
+        progress = from_json(content.get("progress"))
+        if progress is None:
+            return None
+        if content.get("completed") is True:
+            return replace(progress, busy="", left_s=0.0)
+        return self._alive(progress, now)
+
+    @property
+    def link(self) -> int:
+        """The link that published last; 0 where none has."""
+        number = self._content.get("link") if isinstance(self._content, dict) else None
+        return number if type(number) is int else 0
+
+    def _alive(self, progress: Progress, now: float) -> Progress:
+        """With what has gone on since it was published."""
+        passed = min(now - self._since, _FRESH_S)
+        newest = self._run.newest_link()
+        if newest > self.link:
+            return replace(progress, busy=f"link {newest} starts", busy_s=0.0, busy_usual_s=0.0)
+        kind = self._kind(newest)
+        if kind != self._busy[0]:
+            self._busy = (kind, now)
+        return replace(
+            progress,
+            epoch_s=progress.epoch_s + passed,
+            train_s=progress.train_s + passed,
+            left_s=None if progress.left_s is None else max(0.0, progress.left_s - passed),
+            busy=kind,
+            busy_s=now - self._busy[1] if kind else 0.0,
+        )
+
+    def _kind(self, number: int) -> str:
+        """What rank 0 is at besides steps, by its newest sign of life."""
+        sign = files.read_json_or_none(self._run.link(number).beat(0))
+        kind = sign.get("kind") if isinstance(sign, dict) else None
+        return kind if isinstance(kind, str) and kind not in (STEP, END, "leaving") else ""
