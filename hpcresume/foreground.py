@@ -70,6 +70,7 @@ def _parse(train: TrainFunction, argv: Sequence[str] | None) -> argparse.Namespa
     parser.add_argument("--resume", metavar="RUN", help="run directory to go on with")
     parser.add_argument("--name", help="name of the run (default: the script's)")
     parser.add_argument("--runs", help="folder of runs (default: $HPCRESUME_RUNS or ./runs)")
+    parser.add_argument("--dashboard", action="store_true", help="draw on the whole terminal")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=VALUE")
     return parser.parse_args(argv)
 
@@ -105,8 +106,12 @@ def _foreground(
             return berth_for(run, link, config, ranks, flags, clock, job=job.job_id, show=show)
 
         paths = (run.train_log,) if place.rank == 0 else ()
-        drawn = _drawn(flags) if place.rank == 0 and can_redraw() else contextlib.nullcontext()
-        with drawn as show, logging_to(*paths, level=config.log.level):
+        whole = run if options.dashboard else None
+        draws = place.rank == 0 and can_redraw()
+        with (
+            _drawn(flags, whole) if draws else contextlib.nullcontext() as show,
+            logging_to(*paths, level=config.log.level),
+        ):
             how, why, code = serve(berth_of, train, place, config)
     if place.rank == 0 and taken:
         _close_link(run, taken[0], job.job_id)
@@ -118,12 +123,22 @@ def _foreground(
 
 
 @contextlib.contextmanager
-def _drawn(flags: SignalFlags) -> Iterator[Show]:
-    """Live progress in this terminal: what a session is to show it by."""
-    from hpcresume.display.progress import RankProgress
+def _drawn(flags: SignalFlags, whole: RunDir | None) -> Iterator[Show]:
+    """Live progress in this terminal, or a run on the whole of it: what a session shows it by."""
 
-    with RankProgress(lambda: flags.stop_asked() is not None) as progress:
-        yield progress.show
+    def interrupted() -> bool:
+        return flags.stop_asked() is not None
+
+    if whole is None:
+        from hpcresume.display.progress import RankProgress
+
+        with RankProgress(interrupted) as progress:
+            yield progress.show
+    else:
+        from hpcresume.display.watch import Dashboard
+
+        with Dashboard(whole, interrupted) as dashboard:
+            yield dashboard.show
 
 
 def _open_run(

@@ -18,6 +18,7 @@ from hpcresume.errors import HpcResumeError, unavailable
 _COMMANDS = {
     "submit": "submit",
     "status": "status",
+    "watch": "watch",
     "logs": "logs",
     "cancel": "control",
     "resume": "control",

@@ -71,6 +71,8 @@ class Progress:
     @property
     def per_second(self) -> tuple[float, str] | None:
         """Tokens a second where the tokens of a step are logged, else samples, else None."""
+        if not self.steps_per_s:
+            return None
         tokens = number(self.metrics.get("tokens"))
         if tokens is not None and tokens > 0:
             return tokens * self.steps_per_s, "tokens/s"

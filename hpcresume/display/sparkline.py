@@ -1,0 +1,90 @@
+"""Curves of a few letters: blocks in one line, braille dots in several.
+
+Pure: numbers in, text out. Braille patterns: Unicode 2800-28FF, two columns of four dots a letter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+_BLOCKS, _PLAIN = "▁▂▃▄▅▆▇█", "_.-=+*#@"
+#: The bits of a letter's dots, by column and row from the top.
+_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
+
+
+def sparkline(values: Sequence[float], width: int, *, plain: bool = False) -> str:
+    """One line of blocks, at most `width` letters; empty where there are no finite numbers."""
+    signs = _PLAIN if plain else _BLOCKS
+    points = condensed(values, width)
+    if not points:
+        return ""
+    low, high = min(points), max(points)
+    if high <= low:
+        return signs[len(signs) // 2 - 1] * len(points)
+    top = len(signs) - 1
+    return "".join(signs[round((point - low) / (high - low) * top)] for point in points)
+
+
+def chart(values: Sequence[float], width: int, height: int) -> list[str]:
+    """A curve of braille dots in `height` lines of `width` letters, from the lowest value up."""
+    points = condensed(values, 2 * width)
+    if not points:
+        return [""] * height
+    low, high = min(points), max(points)
+    rows = 4 * height
+    # At an even value the curve lies at the bottom.
+    scale = (rows - 1) / (high - low) if high > low else 0.0
+    at = [rows - 1 - round((point - low) * scale) for point in points]
+    cells = [[0] * width for _ in range(height)]
+    for column, row in enumerate(at):
+        # Half of a jump is drawn at each of its ends, so that the curve is in one piece.
+        before = at[column - 1] if column else row
+        middle = (before + row) / 2
+        for dot in range(min(row, math.ceil(middle)), max(row, math.floor(middle)) + 1):
+            cells[dot // 4][column // 2] |= _DOTS[column % 2][dot % 4]
+    return ["".join(chr(0x2800 + cell) for cell in line) for line in cells]
+
+
+def condensed(values: Sequence[float], count: int) -> list[float]:
+    """At most `count` means of neighbours; what is no finite number is left out."""
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) <= count:
+        return finite
+    edges = [round(at * len(finite) / count) for at in range(count + 1)]
+    parts = (finite[begin:end] for begin, end in pairwise(edges))
+    return [sum(part) / len(part) for part in parts]
+
+
+class Series:
+    """A curve that grows without end in bounded memory: neighbours become their mean.
+
+    `most` is an even number.
+    """
+
+    def __init__(self, most: int = 2048) -> None:
+        self._most = most
+        self._stride = 1
+        self._waiting: list[float] = []
+        self.values: list[float] = []
+        self.last = self.low = self.high = math.nan
+        """The newest value, and the extremes of all there were."""
+
+    def add(self, value: float) -> None:
+        """The next value; what is no finite number counts only as the newest."""
+        self.last = value
+        if not math.isfinite(value):
+            return
+        self.low = value if math.isnan(self.low) else min(self.low, value)
+        self.high = value if math.isnan(self.high) else max(self.high, value)
+        self._waiting.append(value)
+        if len(self._waiting) < self._stride:
+            return
+        self.values.append(sum(self._waiting) / len(self._waiting))
+        self._waiting = []
+        if len(self.values) >= self._most:
+            # A new list: another thread may be drawing the old one.
+            self._stride *= 2
+            pairs = zip(self.values[::2], self.values[1::2], strict=True)
+            self.values = [(a + b) / 2 for a, b in pairs]
