@@ -28,7 +28,7 @@ from hpcresume.config import (
     to_mapping,
 )
 from hpcresume.display.logging import debug_to, logging_to
-from hpcresume.display.terminal import can_redraw, let_go_of_stdout
+from hpcresume.display.terminal import can_redraw, forgive, let_go_of_stdout
 from hpcresume.errors import ConfigError, HpcResumeError, RunLive, UsageError, unavailable
 from hpcresume.history import past_link
 from hpcresume.journal import Journal
@@ -53,6 +53,8 @@ def main(train: TrainFunction, argv: Sequence[str] | None = None, **settings: An
     """
     options = _parse(train, argv)
     options.settings = settings
+    # Before anything is drawn, which takes standard output over.
+    forgive()
     try:
         code = _foreground(train, options, os.environ)
     except (HpcResumeError, OSError) as error:
@@ -154,7 +156,8 @@ def _open_run(
     path = Path(options.config) if options.config else own if own.is_file() else None
     source = Path(getattr(sys.modules[train.__module__], "__file__", "train.py")).absolute()
     given = {} if path else options.settings
-    config = load(path, sets=options.set, options={**given, "name": options.name}, environ=environ)
+    named = {"name": options.name} if options.name else {}
+    config = load(path, sets=options.set, options={**given, **named}, environ=environ)
     name = config.name or source.stem
     entry = f"{source.name}:{train.__name__}"
     frozen = _with(config, name=name, train=entry)

@@ -893,12 +893,13 @@ class Session:
 
     def _now(self) -> Progress:
         """How far this rank is; from any thread."""
+        step_s = time.monotonic() - self._step_began if self._in_body else 0.0
         return self._account.now(
             step=self.global_step,
             total_steps=self.max_steps,
             epoch=self.epoch,
             position=self._position - self._in_body,
-            train_s=self._train_seconds,
+            train_s=self._train_seconds + step_s,
         )
 
 

@@ -43,10 +43,11 @@ class _Bar:
     """Whether the numbers of what is done are worth showing."""
 
 
-def progress_lines(now: Progress, width: int, *, plain: bool = False) -> list[Text]:
-    """Lines of at most `width` columns; `plain` for terminals that know ASCII alone."""
+def progress_lines(now: Progress, width: int, *, plain: bool = False, lead: str = "") -> list[Text]:
+    """Lines of at most `width` columns, the values behind `lead`; `plain` for ASCII alone."""
     bars = _bars(now)
-    return [*_bar_lines(bars, width, plain), values_line(now, width, plain=plain)]
+    values = _values_line(now, width, plain, lead)
+    return [*_bar_lines(bars, width, plain), *([values] if values.plain.strip() else [])]
 
 
 def spinner(plain: bool) -> str:
@@ -108,8 +109,9 @@ def _aligned(rows: Sequence[tuple[str, str, str]]) -> list[str]:
     widths = [max(len(row[at]) for row in rows) for at in range(3)]
     texts = []
     for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True) if width]
-        texts.append("  ".join(cells[:2]) + (" • " + cells[2] if len(cells) > 2 else ""))
+        share, count, times = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        done = "  ".join(part for part in (share, count) if part)
+        texts.append(" • ".join(part for part in (done, times) if part))
     return texts
 
 
@@ -130,7 +132,7 @@ def _drawn(bar: _Bar, room: int, plain: bool) -> Text:
     return Text.assemble((done, style), (rest * (room - len(done)), "bright_black"))
 
 
-def values_line(now: Progress, width: int, *, plain: bool = False, lead: str = "") -> Text:
+def _values_line(now: Progress, width: int, plain: bool, lead: str) -> Text:
     """`loss 2.1234 • lr 0.000300 • 12.3 steps/s • 4.1k samples/s • 8.5GB/16GB`, as far as it fits.
 
     What was logged gives way to the rates and the memory, from the last on.

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from hpcresume import files
-from hpcresume.display.bars import progress_lines, spinner, values_line
+from hpcresume.display.bars import progress_lines, spinner
 from hpcresume.display.logging import coloured
 from hpcresume.display.terminal import can_redraw
 from hpcresume.observe.progress import ProgressTail
@@ -171,6 +171,5 @@ class LocalProgress:
         if self._progress is None:
             words = f"link {newest} starts" if newest else "the first job starts"
             return [Text(f"{spinner(plain)} {words}", style="cyan")]
-        *bars, _ = progress_lines(self._progress, width, plain=plain)
         lead = f"{self._run.name} • link {newest}"
-        return [*bars, values_line(self._progress, width, plain=plain, lead=lead)]
+        return progress_lines(self._progress, width, plain=plain, lead=lead)

@@ -93,7 +93,7 @@ class _Screen:
         lines = [self._cut(line), Text(self._rule() * self._width, style=_QUIET)]
         why = self._view.trouble or (status.why if status is not None else "")
         if why:
-            lines.append(self._cut(Text(f" {why}", style="yellow")))
+            lines.append(self._cut(Text(f" {' '.join(why.split())}", style="yellow")))
         return lines
 
     def progress(self) -> list[Text]:
@@ -101,8 +101,7 @@ class _Screen:
         progress = self._view.progress
         if progress is None:
             return [Text(" no step yet", style=_QUIET)]
-        *bars, values = progress_lines(progress, self._width - 1, plain=self._plain)
-        return [*bars, values]
+        return progress_lines(progress, self._width - 1, plain=self._plain)
 
     def metrics(self, most: int) -> list[Text]:
         """A table: name, newest value, lowest, highest, curve."""

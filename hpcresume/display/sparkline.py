@@ -29,7 +29,7 @@ def sparkline(values: Sequence[float], width: int, *, plain: bool = False) -> st
 
 def chart(values: Sequence[float], width: int, height: int) -> list[str]:
     """A curve of braille dots in `height` lines of `width` letters, from the lowest value up."""
-    points = condensed(values, 2 * width)
+    points = stretched(condensed(values, 2 * width), 2 * width)
     if not points:
         return [""] * height
     low, high = min(points), max(points)
@@ -40,9 +40,8 @@ def chart(values: Sequence[float], width: int, height: int) -> list[str]:
     cells = [[0] * width for _ in range(height)]
     for column, row in enumerate(at):
         # Half of a jump is drawn at each of its ends, so that the curve is in one piece.
-        before = at[column - 1] if column else row
-        middle = (before + row) / 2
-        for dot in range(min(row, math.ceil(middle)), max(row, math.floor(middle)) + 1):
+        halves = [(row + other) / 2 for other in at[max(0, column - 1) : column + 2]]
+        for dot in range(math.ceil(min(halves)), math.floor(max(halves)) + 1):
             cells[dot // 4][column // 2] |= _DOTS[column % 2][dot % 4]
     return ["".join(chr(0x2800 + cell) for cell in line) for line in cells]
 
@@ -55,6 +54,19 @@ def condensed(values: Sequence[float], count: int) -> list[float]:
     edges = [round(at * len(finite) / count) for at in range(count + 1)]
     parts = (finite[begin:end] for begin, end in pairwise(edges))
     return [sum(part) / len(part) for part in parts]
+
+
+def stretched(values: Sequence[float], count: int) -> list[float]:
+    """So many values, those between two given ones on the line between them."""
+    if len(values) < 2 or len(values) >= count:
+        return list(values)
+    found = []
+    for at in range(count):
+        place = at * (len(values) - 1) / (count - 1)
+        left = min(int(place), len(values) - 2)
+        share = place - left
+        found.append((1 - share) * values[left] + share * values[left + 1])
+    return found
 
 
 class Series:

@@ -51,7 +51,8 @@ class ProgressTail:
         newest = self._run.newest_link()
         if newest > self.link:
             return replace(progress, busy=f"link {newest} starts", busy_s=0.0, busy_usual_s=0.0)
-        kind = self._kind(newest)
+        kind, step = self._sign(newest)
+        progress = _advanced(progress, step)
         if kind != self._busy[0]:
             self._busy = (kind, now)
         return replace(
@@ -63,8 +64,24 @@ class ProgressTail:
             busy_s=now - self._busy[1] if kind else 0.0,
         )
 
-    def _kind(self, number: int) -> str:
-        """What rank 0 is at besides steps, by its newest sign of life."""
+    def _sign(self, number: int) -> tuple[str, int]:
+        """What rank 0 is at besides steps, and its last step, by its newest sign of life."""
         sign = files.read_json_or_none(self._run.link(number).beat(0))
-        kind = sign.get("kind") if isinstance(sign, dict) else None
-        return kind if isinstance(kind, str) and kind not in (STEP, END, "leaving") else ""
+        if not isinstance(sign, dict):
+            return "", 0
+        kind, step = sign.get("kind"), sign.get("step")
+        between = isinstance(kind, str) and kind not in (STEP, END, "leaving")
+        return str(kind) if between else "", step if type(step) is int else 0
+
+
+def _advanced(progress: Progress, step: int) -> Progress:
+    """With the steps since it was published, of which signs of life tell no more."""
+    moved = step - progress.step
+    if moved <= 0:
+        return progress
+    epoch, done = progress.epoch, progress.step_in_epoch + moved
+    if progress.steps_per_epoch:
+        epoch, done = epoch + done // progress.steps_per_epoch, done % progress.steps_per_epoch
+    if progress.epochs is not None and epoch > progress.epochs:
+        epoch, done = progress.epochs, progress.steps_per_epoch or 0
+    return replace(progress, step=step, epoch=epoch, step_in_epoch=done)

@@ -1,0 +1,103 @@
+"""A program in a real pseudo-terminal, and the screen that a terminal makes of what it writes."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import pexpect
+import pyte
+from oracle import ENVIRON
+
+#: Codes that move the cursor or clear: everything that is no letter, new line or colour.
+CONTROL = re.compile(rb"\x1b(?!\[[0-9;]*m)|\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1a]")
+COLOUR = re.compile(rb"\x1b\[[0-9;]*[3-4][0-7][0-9;]*m")
+
+
+class Terminal:
+    """Runs a program of ours; `screen` is what somebody would see."""
+
+    def __init__(
+        self, argv: Sequence[str], cwd: Path, *, width: int = 100, height: int = 30, **environ: str
+    ) -> None:
+        self._screen = pyte.Screen(width, height)
+        self._stream = pyte.ByteStream(self._screen)
+        self.raw = b""
+        dropped = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "LC_ALL")
+        inherited = {name: value for name, value in ENVIRON.items() if name not in dropped}
+        self._child = pexpect.spawn(
+            sys.executable,
+            list(argv),
+            cwd=str(cwd),
+            env={**inherited, "TERM": "xterm-256color", "LANG": "C.UTF-8", **environ},
+            dimensions=(height, width),
+            timeout=None,
+        )
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._child.close(force=True)
+
+    @property
+    def screen(self) -> str:
+        return "\n".join(line.rstrip() for line in self._screen.display).rstrip()
+
+    @property
+    def cursor_is_shown(self) -> bool:
+        return not self._screen.cursor.hidden
+
+    def _read(self) -> bool:
+        """Take in what was written; False once the program has ended."""
+        try:
+            data = self._child.read_nonblocking(1 << 16, 0.05)
+        except pexpect.TIMEOUT:
+            return True
+        except pexpect.EOF:
+            return False
+        self.raw += data
+        self._stream.feed(data)
+        return True
+
+    def wait_for(self, *patterns: str, timeout: float = 90) -> str:
+        """The screen as soon as it shows all of these."""
+        deadline = time.monotonic() + timeout
+        alive = True
+        while True:
+            screen = self.screen
+            missing = [pattern for pattern in patterns if not re.search(pattern, screen)]
+            if not missing:
+                return screen
+            assert alive and time.monotonic() < deadline, f"{missing} not in:\n{screen}"
+            alive = self._read()
+
+    def type(self, keys: str) -> None:
+        self._child.send(keys)
+
+    def interrupt(self) -> None:
+        self._child.sendintr()
+
+    def resize(self, width: int, height: int) -> None:
+        self._screen.resize(height, width)
+        self._child.setwinsize(height, width)
+
+    def end(self, timeout: float = 90) -> int:
+        """Read to the end; the exit code."""
+        deadline = time.monotonic() + timeout
+        while self._read():
+            assert time.monotonic() < deadline, f"it does not end:\n{self.screen}"
+        self._child.wait()
+        if self._child.exitstatus is None:
+            return 128 + (self._child.signalstatus or signal.SIGKILL)
+        return self._child.exitstatus
