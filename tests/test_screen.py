@@ -156,9 +156,9 @@ def test_a_rate_is_written_in_few_digits(rate: float, unit: str, text: str) -> N
 
 
 def test_a_sparkline_goes_from_the_lowest_block_to_the_highest() -> None:
-    assert sparkline(range(8), 8) == "▁▂▃▄▅▆▇█"
-    assert sparkline(range(16), 8) == "▁▂▃▄▅▆▇█"
-    assert sparkline([1.0, math.nan, 2.0], 8) == "▁█"
+    assert sparkline(range(7), 8) == "▁▂▃▄▅▆▇"
+    assert sparkline(range(14), 7) == "▁▂▃▄▅▆▇"
+    assert sparkline([1.0, math.nan, 2.0], 8) == "▁▇"
     assert sparkline([3.0, 3.0], 8) == "▄▄"
     assert sparkline(range(8), 8, plain=True).isascii()
     assert sparkline([math.inf], 8) == ""
@@ -248,7 +248,7 @@ def test_a_tall_screen_shows_the_best_checkpoint_among_the_newest() -> None:
 def test_a_screen_shows_the_machine_and_the_newest_log_lines() -> None:
     text = "\n".join(line.plain for line in screen_lines(a_view(), 100, 40))
     assert "8.5GB/16GB · 7.1 GB in tensors · 97% busy · 312 W" in text
-    assert "p50 400 ms  p95 450 ms  p99 1.25 s  3% waiting for data" in text
+    assert "p50 400 ms  p95 450 ms  p99 1.25 s  data wait 3%" in text
     assert "line 99 " in text
 
 

@@ -25,8 +25,6 @@ from hpcresume.training.progress import (
 _SPINNER, _PLAIN_SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "-\\|/"
 _TURNS_PER_S = 8
 _SHORTEST_BAR = 8
-#: A length that hides no number of interest.
-_LONGEST_BAR = 60
 _UNKNOWN = "-:--:--"
 
 
@@ -43,10 +41,17 @@ class _Bar:
     """Whether the numbers of what is done are worth showing."""
 
 
-def progress_lines(now: Progress, width: int, *, plain: bool = False, lead: str = "") -> list[Text]:
-    """Lines of at most `width` columns, the values behind `lead`; `plain` for ASCII alone."""
+def progress_lines(
+    now: Progress, width: int, *, plain: bool = False, lead: str = "", logged: bool = True
+) -> list[Text]:
+    """Lines of at most `width` columns; `plain` for terminals that know ASCII alone.
+
+    The last line has `lead`, what was logged (unless that stands elsewhere), rates and memory.
+    """
     bars = _bars(now)
-    values = _values_line(now, width, plain, lead)
+    metrics = shown_metrics(now.metrics) if logged else []
+    texts = [f"{name} {metric_text(name, value)}" for name, value in metrics]
+    values = _values_line(now, texts, width, plain, lead)
     return [*_bar_lines(bars, width, plain), *([values] if values.plain.strip() else [])]
 
 
@@ -80,7 +85,7 @@ def _bar_lines(bars: Sequence[_Bar], width: int, plain: bool) -> list[Text]:
         room = width - 2 - labels - 1 - 2 - len(numbers[0])
         if room >= _SHORTEST_BAR:
             break
-    room = max(3, min(room, _LONGEST_BAR))
+    room = max(3, room)
     lines = []
     for at, (bar, text) in enumerate(zip(bars, numbers, strict=True)):
         turns = at == 0 or not bar.counts
@@ -102,6 +107,9 @@ def _numbers(bar: _Bar, detail: int) -> tuple[str, str, str]:
     count = f"{bar.done:g}" if bar.total is None else f"{bar.done:.0f}/{bar.total:.0f}"
     left = _UNKNOWN if bar.left_s is None else clock(bar.left_s)
     times = f"{clock(bar.elapsed_s)} < {left}" if detail > 2 else left if detail else ""
+    if bar.left_s is None and not bar.counts:
+        # The first of its kind: nobody can know.
+        times = clock(bar.elapsed_s) + " " * len(" < 0:00:00") if detail > 2 else ""
     return share, count if bar.counts and detail > 1 else "", times
 
 
@@ -132,12 +140,11 @@ def _drawn(bar: _Bar, room: int, plain: bool) -> Text:
     return Text.assemble((done, style), (rest * (room - len(done)), "bright_black"))
 
 
-def _values_line(now: Progress, width: int, plain: bool, lead: str) -> Text:
+def _values_line(now: Progress, logged: Sequence[str], width: int, plain: bool, lead: str) -> Text:
     """`loss 2.1234 • lr 0.000300 • 12.3 steps/s • 4.1k samples/s • 8.5GB/16GB`, as far as it fits.
 
     What was logged gives way to the rates and the memory, from the last on.
     """
-    logged = [f"{name} {metric_text(name, value)}" for name, value in shown_metrics(now.metrics)]
     rates = [rate_text(now.steps_per_s, "steps/s")] if now.steps_per_s else []
     rates += [rate_text(*now.per_second)] if now.per_second is not None else []
     rates += [memory_text(*now.gpu_memory)] if now.gpu_memory is not None else []

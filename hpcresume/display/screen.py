@@ -34,6 +34,8 @@ _FIRST = ("loss", "val_loss", "lr", "learning_rate", "grad_norm")
 _NAME, _VALUE = 11, 10
 #: A screen of fewer lines shows no large curve, and one line of checkpoints.
 _TALL = 32
+#: A screen of fewer lines has none to spare above its last one.
+_ROOMY = 22
 _CHART_LINES = 5
 _MOST_METRICS = 8
 _MOST_CHECKPOINTS = 4
@@ -51,9 +53,9 @@ def screen_lines(view: View, width: int, height: int, *, plain: bool = False) ->
     lines = [*top]
     for block in blocks:
         # The log's newest lines matter more than all that stands above them.
-        if block and len(lines) + 1 + len(block) <= height - 5:
+        if block and len(lines) + 1 + len(block) <= height - 6:
             lines += [Text(), *block]
-    room = height - len(lines) - 2
+    room = height - len(lines) - (3 if height >= _ROOMY else 2)
     log = drawn.log(room - 1)
     if log:
         lines += [Text(), *log]
@@ -76,32 +78,34 @@ class _Screen:
         status = self._view.status
         line = Text(no_wrap=True)
         line.append(f" {self._view.name}  ", style="bold")
-        right = ""
         if status is None:
             line.append(f"{spinner(self._plain)} reading", style="cyan")
         else:
             line.append(status.state, style=_STATES.get(status.state, "bold"))
-            for part in _place(status):
-                line.append(self._dot, style=_QUIET).append(part)
-            if status.time_left_s is not None and status.state == "running":
-                right = f"{clock(status.time_left_s)} left in this job "
-        room = self._width - line.cell_len - len(right)
-        if right and room < 2:
-            right = right.replace(" in this job", "")
-            room = self._width - line.cell_len - len(right)
-        line.append(" " * max(2, room) + right)
+            self._append_place(line, status)
         lines = [self._cut(line), Text(self._rule() * self._width, style=_QUIET)]
         why = self._view.trouble or (status.why if status is not None else "")
         if why:
             lines.append(self._cut(Text(f" {' '.join(why.split())}", style="yellow")))
         return lines
 
+    def _append_place(self, line: Text, status: RunStatus) -> None:
+        """Where it runs and, at the right, what is left; of the places as many as there is room."""
+        left = status.time_left_s if status.state == "running" else None
+        right = "" if left is None else f"{clock(left)} left in this job "
+        if self._width < 80:
+            right = right.replace(" in this job", "")
+        for part in _place(status):
+            if line.cell_len + len(self._dot + part) + 2 + len(right) <= self._width:
+                line.append(self._dot, style=_QUIET).append(part)
+        line.append(" " * max(2, self._width - line.cell_len - len(right)) + right)
+
     def progress(self) -> list[Text]:
         """The bars; a training that ended has none that runs."""
         progress = self._view.progress
         if progress is None:
             return [Text(" no step yet", style=_QUIET)]
-        return progress_lines(progress, self._width - 1, plain=self._plain)
+        return progress_lines(progress, self._width - 1, plain=self._plain, logged=False)
 
     def metrics(self, most: int) -> list[Text]:
         """A table: name, newest value, lowest, highest, curve."""
@@ -156,34 +160,36 @@ class _Screen:
             ("state", _state_sizes(seen)),
         ]
         return [
-            self._cut(Text(f" {name.ljust(_NAME)} ", style=_QUIET).append(text, style="default"))
+            self._cut(Text.assemble((f" {name.ljust(_NAME)} ", _QUIET), text))
             for name, text in rows
             if text
         ]
 
-    def _gpu(self, seen: Mapping[str, Any]) -> str:
+    def _gpu(self, seen: Mapping[str, Any]) -> Text | None:
         held, whole = number(seen.get("gpu_reserved_bytes")), number(seen.get("gpu_total_bytes"))
         if held is None or not whole:
-            return ""
-        parts = [f"{self._meter(held / whole)} {memory_text(held, whole)}"]
+            return None
+        parts = [memory_text(held, whole)]
         used, busy = number(seen.get("gpu_allocated_bytes")), number(seen.get("gpu_utilization"))
         watts = number(seen.get("gpu_power_w"))
         parts += [] if used is None else [f"{size_words(used)} in tensors"]
         parts += [] if busy is None else [f"{100 * busy:.0f}% busy"]
         parts += [] if watts is None else [f"{watts:.0f} W"]
-        return self._dot.join(parts)
+        return self._meter(held / whole).append(f" {self._dot.join(parts)}")
 
-    def _host(self, seen: Mapping[str, Any]) -> str:
+    def _host(self, seen: Mapping[str, Any]) -> Text | None:
         used, limit = number(seen.get("host_bytes")), number(seen.get("host_limit_bytes"))
         if used is None or not limit:
-            return ""
-        return f"{self._meter(used / limit)} {memory_text(used, limit)}"
+            return None
+        return self._meter(used / limit).append(f" {memory_text(used, limit)}")
 
-    def _meter(self, share: float) -> str:
+    def _meter(self, share: float) -> Text:
+        """A short bar that warns where little is left."""
         cells = 10
         full = round(max(0.0, min(1.0, share)) * cells)
-        signs = ("#", ".") if self._plain else ("█", "░")
-        return signs[0] * full + signs[1] * (cells - full)
+        signs = ("#", ".") if self._plain else ("━", "━")
+        style = "red" if share > 0.95 else "yellow" if share > 0.85 else "cyan"
+        return Text.assemble((signs[0] * full, style), (signs[1] * (cells - full), _QUIET))
 
     def checkpoints(self, most: int) -> list[Text]:
         """The newest ones, the newest first, and the best."""
@@ -215,7 +221,9 @@ class _Screen:
         lines = self._view.log[-most:] if most > 0 else ()
         if not lines:
             return []
-        return [Text(" LOG", style=_QUIET), *(self._cut(_log_line(line)) for line in lines)]
+        # The day matters less than the words, where there is little room.
+        begin = 0 if self._width >= 100 else len("11-30 ")
+        return [Text(" LOG", style=_QUIET), *(self._cut(_log_line(x, begin)) for x in lines)]
 
     def footer(self) -> Text:
         """What keys do."""
@@ -262,7 +270,7 @@ def _step_times(seen: Mapping[str, Any]) -> str:
     ]
     waits = number(seen.get("data_wait"))
     if waits is not None:
-        parts.append(f"{100 * waits:.0f}% waiting for data")
+        parts.append(f"data wait {100 * waits:.0f}%")
     return "  ".join(parts)
 
 
@@ -277,15 +285,12 @@ def _state_sizes(seen: Mapping[str, Any]) -> str:
     )
 
 
-def _log_line(line: str) -> Text:
-    """A line of the log with its time quiet and its troubles loud."""
-    tag = line[15:].partition("] ")[0]
-    text = Text(" " + line, no_wrap=True)
-    if len(line) > 15 and line[15] == "[" and "]" in line:
-        text.stylize(_QUIET, 1, 15)
-        level = tag.rpartition("-")[2]
-        style = {"ERROR": "red", "CRITICAL": "red", "WARNING": "yellow"}.get(level)
-        text.stylize(style or "cyan", 16, 16 + len(tag) + 1)
-        if style:
-            text.stylize(style, 16 + len(tag) + 1)
-    return text
+def _log_line(line: str, begin: int) -> Text:
+    """A line of the log from a column on, with its time quiet and its troubles loud."""
+    tag, bracket, message = line[15:].partition("]")
+    if not (tag.startswith("[") and bracket):
+        return Text(" " + line)
+    style = {"ERROR": "red", "CRITICAL": "red", "WARNING": "yellow"}.get(tag.rpartition("-")[2])
+    return Text.assemble(
+        " ", (line[begin:15], _QUIET), (tag + bracket, style or "cyan"), (message, style or "")
+    )

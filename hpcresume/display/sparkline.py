@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-_BLOCKS, _PLAIN = "▁▂▃▄▅▆▇█", "_.-=+*#@"
+#: Without the full block, so that curves in neighbouring lines do not touch.
+_BLOCKS, _PLAIN = "▁▂▃▄▅▆▇", "_.-=+*#"
 #: The bits of a letter's dots, by column and row from the top.
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 
@@ -22,7 +23,7 @@ def sparkline(values: Sequence[float], width: int, *, plain: bool = False) -> st
         return ""
     low, high = min(points), max(points)
     if high <= low:
-        return signs[len(signs) // 2 - 1] * len(points)
+        return signs[len(signs) // 2] * len(points)
     top = len(signs) - 1
     return "".join(signs[round((point - low) / (high - low) * top)] for point in points)
 

@@ -50,19 +50,22 @@ class ProgressTail:
         passed = min(now - self._since, _FRESH_S)
         newest = self._run.newest_link()
         if newest > self.link:
-            return replace(progress, busy=f"link {newest} starts", busy_s=0.0, busy_usual_s=0.0)
+            told = replace(progress, busy_usual_s=0.0, steps_per_s=0.0)
+            return self._at(told, f"link {newest} starts", now)
         kind, step = self._sign(newest)
-        progress = _advanced(progress, step)
-        if kind != self._busy[0]:
-            self._busy = (kind, now)
-        return replace(
+        told = replace(
             progress,
             epoch_s=progress.epoch_s + passed,
             train_s=progress.train_s + passed,
             left_s=None if progress.left_s is None else max(0.0, progress.left_s - passed),
-            busy=kind,
-            busy_s=now - self._busy[1] if kind else 0.0,
         )
+        return self._at(_advanced(told, step), kind, now)
+
+    def _at(self, progress: Progress, kind: str, now: float) -> Progress:
+        """At something besides steps, since it was first seen to be."""
+        if kind != self._busy[0]:
+            self._busy = (kind, now)
+        return replace(progress, busy=kind, busy_s=now - self._busy[1] if kind else 0.0)
 
     def _sign(self, number: int) -> tuple[str, int]:
         """What rank 0 is at besides steps, and its last step, by its newest sign of life."""

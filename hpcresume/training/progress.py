@@ -99,7 +99,7 @@ def from_json(value: Any) -> Progress | None:
         if isinstance(usual, (str, dict)):
             fits = isinstance(given, type(usual))
         else:
-            fits = number(given) is not None
+            fits = (number(given) or 0) >= 0 and number(given) is not None
             if fits and each.name in _WHOLE:
                 given = int(given)  # type: ignore[arg-type]
         if fits:
