@@ -280,8 +280,14 @@ def last_lines(path: Path, count: int) -> list[str]:
         data = data[data.index(b"\n") + 1 :]  # The rest of a line that began before.
     found = []
     for raw in data.decode(errors="replace").split("\n"):
-        states = [text.rstrip() for text in _ESCAPES.sub("", raw).split("\r")]
-        shown = next((text for text in reversed(states) if text), "")
+        shown = as_shown(raw)
         if shown:
-            found.append("".join(c if c.isprintable() or c == "\t" else "?" for c in shown))
+            found.append(shown)
     return found[-count:]
+
+
+def as_shown(raw: str) -> str:
+    """A line of a log as a terminal would show it in the end, without its colours."""
+    states = [text.rstrip() for text in _ESCAPES.sub("", raw).split("\r")]
+    shown = next((text for text in reversed(states) if text), "")
+    return "".join(c if c.isprintable() or c == "\t" else "?" for c in shown)

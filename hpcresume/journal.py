@@ -12,10 +12,11 @@ quarantined stop_asked ended decided changed completed cancelled.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,57 +71,77 @@ class LinkRecords:
 
     def last(self, kind: str) -> Record | None:
         """The newest record of a kind."""
-        return next((r for r in reversed(self.records) if r.get("kind") == kind), None)
+        found = self._by_kind.get(kind)
+        return found[-1] if found else None
 
     def all(self, *kinds: str) -> list[Record]:
         """The records of some kinds, in order."""
+        if len(kinds) == 1:
+            return list(self._by_kind.get(kinds[0], ()))
         return [r for r in self.records if r.get("kind") in kinds]
+
+    @functools.cached_property
+    def _by_kind(self) -> dict[str, list[Record]]:
+        # Views ask for one kind after the other, of journals with 100,000 lines.
+        found: dict[str, list[Record]] = {}
+        for record in self.records:
+            found.setdefault(record["kind"], []).append(record)
+        return found
 
 
 def read_submissions(run: RunDir) -> list[Record]:
     """What `submit`, `resume` and `cancel` recorded."""
-    return [r for r in files.read_lines(run.submissions) if _is_record(r)]
+    return [r for r in files.read_lines(run.submissions) if is_record(r)]
 
 
 def read_link(run: RunDir, number: int) -> LinkRecords:
     """One link's records, as far as the chain has adopted them."""
     link = run.link(number)
-    return _read(link, _read_claim(link), _read_claim(run.link(number + 1)))
+    return _read(link, read_claim(link), read_claim(run.link(number + 1)))
 
 
 def read_chain(run: RunDir) -> list[LinkRecords]:
     """All links, in order."""
-    claims = {number: _read_claim(run.link(number)) for number in run.link_numbers()}
+    claims = {number: read_claim(run.link(number)) for number in run.link_numbers()}
     return [_read(run.link(n), claim, claims.get(n + 1, {})) for n, claim in claims.items()]
 
 
-def _read_claim(link: LinkDir) -> Mapping[str, Any]:
+def read_claim(link: LinkDir) -> Mapping[str, Any]:
+    """Who claimed a link; nothing where that is not known."""
     claim = files.read_json_or_none(link.claim)
     return claim if isinstance(claim, dict) else {}
 
 
 def _read(link: LinkDir, claim: Mapping[str, Any], successor: Mapping[str, Any]) -> LinkRecords:
+    writers = (
+        filter(is_record, files.read_lines(path, adopted_bytes(successor, path)))
+        for path in (link.journal, link.training)
+    )
+    return LinkRecords(link.number, claim, in_order(writers))
+
+
+def in_order(writers: Iterable[Iterable[Record]]) -> list[Record]:
+    """What the writers of a link have recorded, merged by time."""
     timed: list[tuple[float, Record]] = []
-    for path in (link.journal, link.training):
+    for records in writers:
         now = -math.inf
-        for record in files.read_lines(path, _adopted_bytes(successor, path)):
-            if _is_record(record):
-                # Both writers share a host and so a clock, which may jump back: the order within
-                # a file stands, whatever its times say.
-                now = max(now, record["t"])
-                timed.append((now, record))
+        for record in records:
+            # Both writers share a host and so a clock, which may jump back: the order within
+            # a file stands, whatever its times say.
+            now = max(now, record["t"])
+            timed.append((now, record))
     timed.sort(key=lambda item: item[0])
-    return LinkRecords(link.number, claim, [record for _, record in timed])
+    return [record for _, record in timed]
 
 
-def _adopted_bytes(successor: Mapping[str, Any], path: Path) -> int | None:
+def adopted_bytes(successor: Mapping[str, Any], path: Path) -> int | None:
     """How much of a link's file the claim after it adopted; None for all, where there is none."""
     adopted = successor.get("adopted")
     limit = adopted.get(path.stem) if isinstance(adopted, dict) else None
     return limit if isinstance(limit, int) and limit >= 0 else None
 
 
-def _is_record(value: Any) -> bool:
+def is_record(value: Any) -> bool:
     """Whether a line is a record of ours; what disk or hand made of it otherwise is passed over."""
     if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
         return False
@@ -204,5 +225,5 @@ def read_metrics(run: RunDir, over: Lineage | None = None) -> Iterator[Record]:
         yield from files.read_lines(run.link(segment.link).metrics, segment.metrics_bytes)
     if over.link:
         path = run.link(over.link).metrics
-        successor = _read_claim(run.link(over.link + 1))
-        yield from files.read_lines(path, _adopted_bytes(successor, path))
+        successor = read_claim(run.link(over.link + 1))
+        yield from files.read_lines(path, adopted_bytes(successor, path))

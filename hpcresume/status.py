@@ -110,17 +110,22 @@ EXIT_CODES = {
 
 
 def read_status(
-    run: RunDir, jobs: Sequence[JobInfo] | None, note: str = "", story: Story | None = None
+    run: RunDir,
+    jobs: Sequence[JobInfo] | None,
+    note: str = "",
+    *,
+    story: Story | None = None,
+    committed: Sequence[Committed] | None = None,
 ) -> RunStatus:
     """How a run stands.
 
     `jobs` are its living jobs; None where the scheduler did not answer, and `note` says so. Who
-    has read its `story` hands it in.
+    has read its `story`, or what is `committed`, hands it in.
     """
     story = read_story(run) if story is None else story
     live = _live(run)
-    over = lineage(run, story.links)
-    committed = Store(run, story.run_id).committed(over)
+    if committed is None:
+        committed = Store(run, story.run_id).committed(lineage(run, story.links))
     last = committed[-1] if committed else None
     running = next((j for j in jobs or () if j.state is not JobState.PENDING), None)
     pending = [j for j in jobs or () if j.state is JobState.PENDING]
@@ -179,6 +184,15 @@ def _calendar(
         waited_s=max(0.0, now - (since or now)),
     )
     return calendar(pace, promise, place)
+
+
+def is_alive(story: Story, status: RunStatus) -> bool:
+    """Whether the newest link is what runs: its job may have ended, and the next one begun."""
+    newest = story.newest
+    if newest is None or status.state != "running" or story.ended(newest) is not None:
+        return False
+    job = str(newest.claim.get("job") or "")
+    return not job or not status.job or job == status.job
 
 
 def _unsaved(story: Story) -> str:

@@ -148,11 +148,16 @@ def _newest_link(records: Sequence[Record]) -> int:
 
 def read_story(run: RunDir) -> Story:
     """Read a run's files."""
-    cancelled = ""
-    if run.cancel.exists():
-        request = files.read_json_or_none(run.cancel)
-        cancelled = str(request.get("by", "unknown")) if isinstance(request, dict) else "unknown"
-    return Story(run, run.identify()["id"], read_chain(run), read_submissions(run), cancelled)
+    links, submissions = read_chain(run), read_submissions(run)
+    return Story(run, run.identify()["id"], links, submissions, cancelled_by(run))
+
+
+def cancelled_by(run: RunDir) -> str:
+    """Who asked for the end of a run; empty if nobody."""
+    if not run.cancel.exists():
+        return ""
+    request = files.read_json_or_none(run.cancel)
+    return str(request.get("by", "unknown")) if isinstance(request, dict) else "unknown"
 
 
 def alive_elsewhere(link: LinkRecords, job: JobInfo | None, me: str | None) -> str | None:

@@ -111,12 +111,18 @@ class Listing:
         return retention.to_remove(self.manifests, self.policy, pinned=self.pinned)
 
 
-def list_checkpoints(run: RunDir, settings: CheckpointConfig, *, complete: bool) -> Listing:
-    """What is there now. Raises NotFound where it is no run, OSError where it is away."""
+def list_checkpoints(
+    run: RunDir, settings: CheckpointConfig, *, complete: bool, over: Lineage | None = None
+) -> Listing:
+    """What is there now, along the run's lineage, which is read where nobody hands it in.
+
+    Raises NotFound where it is no run, OSError where it is away.
+    """
+    over = lineage(run) if over is None else over
     run_id = run.identify()["id"]
     # Read first: what a link that is alive commits after this is not looked at.
     steps = run.checkpoint_steps()
-    found = [c for c in Store(run, run_id).committed(lineage(run)) if c.step in steps]
+    found = [c for c in Store(run, run_id).committed(over) if c.step in steps]
     counted = {committed.step for committed in found}
     left_out, broken = {}, set()
     for step in steps:

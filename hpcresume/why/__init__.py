@@ -12,12 +12,12 @@ from typing import Any
 
 from hpcresume.history import last_lines, log_of, past_link
 from hpcresume.scheduler.job import JobInfo
-from hpcresume.status import RunStatus
+from hpcresume.status import RunStatus, is_alive
 from hpcresume.story import Story
 from hpcresume.why.advice import Advice, next_steps
 from hpcresume.why.evidence import ChainLine, chain_lines, exit_code, facts
 from hpcresume.why.sentence import sentence
-from hpcresume.why.view import View, is_alive, node_of
+from hpcresume.why.view import View, node_of
 
 _LOG_LINES = 12
 

@@ -65,15 +65,6 @@ class View:
         return self.past[-1].committed_step
 
 
-def is_alive(story: Story, status: RunStatus) -> bool:
-    """Whether the newest link is what runs: its job may have ended, and the next one begun."""
-    newest = story.newest
-    if newest is None or status.state != "running" or story.ended(newest) is not None:
-        return False
-    job = str(newest.claim.get("job") or "")
-    return not job or not status.job or job == status.job
-
-
 def node_of(link: LinkRecords) -> str:
     """Where a link runs, or ran."""
     return str(link.claim.get("nodes") or link.claim.get("host") or "?")
