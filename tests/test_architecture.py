@@ -31,7 +31,7 @@ ROWS: list[list[str]] = [
         "cancel",
         "drive",
     ],
-    ["lm", "adapters", "verify", "rehearse"],
+    ["lm", "adapters", "verify", "rehearse", "display.web"],
     ["cli", "__main__"],
 ]
 #: Engines never import each other, although they stand in one row.
@@ -44,6 +44,8 @@ HOMES = {
     "submitit": "scheduler/launcher.py",
     "click": "cli",
     "subprocess": "scheduler/process.py",
+    "starlette": "display/web",
+    "uvicorn": "display/web",
 }
 PLACE = {name: (row, at) for row, names in enumerate(ROWS) for at, name in enumerate(names)}
 
@@ -54,7 +56,12 @@ def sources() -> list[Path]:
 
 def top(path: Path) -> str:
     """The name of a module's place in the house."""
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+    return place_of(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def place_of(parts: tuple[str, ...] | list[str]) -> str:
+    """A package within another one may have a place of its own."""
+    return next((name for name in PLACE if name.split(".") == list(parts[:2])), parts[0])
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -69,7 +76,8 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def own_imports(path: Path) -> set[str]:
-    names = {name.split(".")[1] for name in imports(path) if name.startswith("hpcresume.")}
+    found = [name.split(".")[1:] for name in imports(path) if name.startswith("hpcresume.")]
+    names = {place_of(parts) for parts in found}
     return {name for name in names if name in PLACE}
 
 

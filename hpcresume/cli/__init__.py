@@ -27,6 +27,8 @@ _COMMANDS = {
     "verify": "verify",
     "rehearse": "rehearse",
     "checkpoints": "checkpoints",
+    "web": "web",
+    "report": "report",
     "doctor": "doctor",
     "link": "hidden",
     "rank": "hidden",

@@ -119,7 +119,7 @@ class Viewer:
     def _read(self) -> None:
         jobs, note = self._jobs.of(self._run)
         self._story = read_story(self._run)
-        self._status = read_status(self._run, jobs, note, self._story)
+        self._status = read_status(self._run, jobs, note, story=self._story)
         for record in self._metrics.look():
             for name, value in record.items():
                 if name not in ("step", "epoch") and number(value) is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hpcresume import files
@@ -22,8 +23,8 @@ MOST_BUCKETS = 1024
 MOST_CURVES = 64
 _MOST_BAD = 32
 _LARGEST_STEP = 2**53
-#: What each line of a metric log begins with.
-_OWN = frozenset({"step", "epoch"})
+#: What is no metric.
+_OWN = frozenset({"step", "epoch", "t"})
 
 
 @dataclass
@@ -190,17 +191,19 @@ class CurvesTail:
     logged beyond is taken back.
     """
 
-    def __init__(self, run: RunDir) -> None:
+    def __init__(self, run: RunDir, *, monitor: bool = False) -> None:
+        """What the training logged, or with `monitor` how its machine did."""
         self._run = run
+        self._monitor = monitor
         self._over = Lineage()
         self._settled = Curves()
-        """What the links before the newest have logged."""
+        """Of the links before the newest."""
         self._live = Curves()
         self._lines: GrowingLines | None = None
 
     def look(self, over: Lineage) -> Curves:
         """The curves along a lineage, as they are now."""
-        path = self._run.link(over.link).metrics
+        path = self._path(over.link)
         limit = adopted_bytes(read_claim(self._run.link(over.link + 1)), path)
         if over != self._over:
             self._settle(over.segments)
@@ -212,11 +215,15 @@ class CurvesTail:
         self._live.add(self._lines.look(limit))
         return self._live
 
+    def _path(self, link: int) -> Path:
+        own = self._run.link(link)
+        return own.monitor if self._monitor else own.metrics
+
     def _settle(self, segments: tuple[Segment, ...]) -> None:
         known = self._over.segments
         if segments[: len(known)] != known:
             known, self._settled = (), Curves()
         for segment in segments[len(known) :]:
-            path = self._run.link(segment.link).metrics
-            lines = files.read_lines(path, segment.metrics_bytes)
-            self._settled.add(lines, segment.upto_step)
+            # Nobody says how much of a monitor's lines counts; their steps do.
+            limit = None if self._monitor else segment.metrics_bytes
+            self._settled.add(files.read_lines(self._path(segment.link), limit), segment.upto_step)

@@ -68,7 +68,7 @@ def _ended(record: Record) -> str:
         return f"hung: {record.get('reason', '')}"
     of = f"link {record['of']}: " if "of" in record else ""
     cause, detail = str(record["cause"]), str(record.get("detail", ""))
-    return f"{of}{cause}" + (f": {detail}" if detail and detail != cause else "")
+    return of + (detail if detail.startswith(cause) else f"{cause}: {detail}" if detail else cause)
 
 
 def _claimed(record: Record) -> str:

@@ -7,7 +7,6 @@ screen of a terminal and the report draw the same picture.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -45,6 +44,7 @@ class LinkShown:
     ended: float | None
     """None while it lives."""
     seconds: float
+    """0 while it lives."""
     first_step: int
     last_step: int
     """The step that stood committed at its end; while it lives, the one it is at."""
@@ -90,6 +90,8 @@ class Picture:
     curves: dict[str, dict[str, Any]]
     """The metrics by name; see `curves.Curve.to_json`."""
     curves_left_out: int
+    machine: dict[str, dict[str, Any]]
+    """What the monitor saw, likewise: step times, memory, the GPU."""
     pace: dict[str, Any]
     """Seconds a step took, on the average between two records of a journal; like a metric."""
     checkpoints: Sequence[CheckpointShown]
@@ -116,6 +118,7 @@ class Picture:
             "bands": [list(band) for band in self.bands],
             "curves": self.curves,
             "curves_left_out": self.curves_left_out,
+            "machine": self.machine,
             "pace": self.pace,
             "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
             "left_out": {str(step): reason for step, reason in self.left_out.items()},
@@ -149,6 +152,7 @@ class RunView:
         """What the last look read."""
         self._stories = StoryTail(run)
         self._curves = CurvesTail(run)
+        self._machine = CurvesTail(run, monitor=True)
         self._window = LogWindow(run)
         self._ended: dict[int, _KnownEnd] = {}
         self._listing: tuple[object, Listing] | None = None
@@ -180,6 +184,11 @@ class RunView:
             bands=_bands(over, max(curves.step, status.step if over.link else 0)),
             curves={name: curve.to_json() for name, curve in curves.by_name.items()},
             curves_left_out=len(curves.left_out),
+            machine={
+                name: curve.to_json()
+                for name, curve in self._machine.look(over).by_name.items()
+                if name not in curves.by_name
+            },
             pace=self._pace.look(story).to_json(),
             checkpoints=self._shown_checkpoints(listing, story),
             left_out=listing.left_out,
@@ -243,7 +252,7 @@ def _living(link: LinkRecords, story: Story, status: RunStatus) -> LinkShown:
         node=_node(link),
         began=began,
         ended=None,
-        seconds=0.0 if began is None else round(max(0.0, time.time() - began)),
+        seconds=0.0,
         first_step=first,
         last_step=max(first, status.step),
         cause="running",

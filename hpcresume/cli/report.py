@@ -1,0 +1,45 @@
+"""`hpcresume report`: one run as a file, to keep, to send, or for a lab notebook."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import click
+
+from hpcresume import files
+from hpcresume.cli.options import chosen_run, runs_option
+from hpcresume.errors import UsageError
+from hpcresume.observe.jobs import LivingJobs
+
+
+@click.command()
+@click.argument("run", required=False)
+@click.option("--html", type=click.Path(path_type=Path), help="The page, as one file.")
+@click.option("--md", type=click.Path(path_type=Path), help="Markdown, for a lab notebook.")
+@runs_option
+def report(run: str | None, html: Path | None, md: Path | None, runs: str | None) -> int:
+    """Write how RUN stands into a file: curves, links, checkpoints, journal, the log's end.
+
+    The page needs no server and no network; a file of that name is replaced.
+
+    \b
+      hpcresume report toy --html toy.html
+      hpcresume report toy --md toy.md
+    """
+    from hpcresume.display.notebook import markdown_report
+    from hpcresume.display.web.explained import explained
+    from hpcresume.display.web.report import html_report
+    from hpcresume.observe.picture import RunView
+
+    if html is None and md is None:
+        raise UsageError("Say where to: --html FILE, --md FILE, or both.")
+    chosen = chosen_run(run, runs)
+    shown = explained(RunView(chosen), *LivingJobs(os.environ).of(chosen))
+    shown["made"] = round(time.time())
+    for path, write in ((html, html_report), (md, markdown_report)):
+        if path is not None:
+            files.write_durably(path.absolute(), write(shown).encode(errors="replace"), 0o644)
+            click.echo(path)
+    return 0
