@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hpcresume.display.tables import clock
 from hpcresume.files import size_words
+from hpcresume.training.progress import clock
 
 #: What Markdown would take for something else than text.
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~])")

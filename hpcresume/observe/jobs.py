@@ -68,7 +68,7 @@ class LivingJobs:
         with self._lock:
             late = self._asking is not None and time.monotonic() >= until
             if late or self._answer is None:
-                return f"squeue gave no answer in {self._patience_s:.0f} s"
+                return f"squeue gave no answer in {self._patience_s:g} s"
             return self._answer
 
     def _ask(self, scheduler: Scheduler) -> None:

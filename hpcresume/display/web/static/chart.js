@@ -8,24 +8,27 @@ const NOISY = 8; // Ups and downs, in multiples of the range, from which on a li
 const KERNEL = 0.018; // Of the points that are shown.
 const FONT = "11px system-ui, sans-serif";
 
-// A mean over neighbours on both sides, so that nothing is shifted.
+// A straight line through the neighbours of each point, the nearest of which count most: nothing is
+// shifted, and the ends bend no more than the middle.
 function smoothed(values) {
   const sigma = Math.max(1, values.length * KERNEL);
   const reach = Math.ceil(sigma * 3);
   const weights = Array.from({ length: reach + 1 }, (_, i) => Math.exp(-(i * i) / (2 * sigma * sigma)));
   return values.map((value, at) => {
     if (value === null) return null;
-    // As far on one side as on the other: the ends do not bend.
-    const span = Math.min(reach, at, values.length - 1 - at);
-    let sum = 0;
-    let total = 0;
-    for (let i = -span; i <= span; i++) {
-      const near = values[at + i];
-      if (near === null) continue;
-      sum += near * weights[Math.abs(i)];
-      total += weights[Math.abs(i)];
+    let [sum, sumX, sumXX, sumY, sumXY] = [0, 0, 0, 0, 0];
+    for (let i = Math.max(0, at - reach); i <= Math.min(values.length - 1, at + reach); i++) {
+      if (values[i] === null) continue;
+      const x = i - at;
+      const weight = weights[Math.abs(x)];
+      sum += weight;
+      sumX += weight * x;
+      sumXX += weight * x * x;
+      sumY += weight * values[i];
+      sumXY += weight * x * values[i];
     }
-    return sum / total;
+    const spread = sum * sumXX - sumX * sumX;
+    return spread > 1e-9 ? (sumXX * sumY - sumX * sumXY) / spread : sumY / sum;
   });
 }
 
@@ -88,7 +91,7 @@ export class Chart {
     }
     this.data = data;
     this.kinds = kinds;
-    this.last = Math.max(step, data[0].at(-1) ?? 0);
+    this.last = Math.max(step, data[0].at(-1) ?? 0, ...lines.flatMap((line) => line.bad ?? []));
     const shape = `${kinds} ${this.logarithmic}`;
     if (this.plot === null || shape !== this.shape) this.build(shape);
     else {

@@ -8,13 +8,13 @@ import { setUpTheme } from "./theme.js";
 import { fullMoment } from "./words.js";
 
 const main = document.getElementById("content");
-const light = document.getElementById("live");
+const signal = document.getElementById("signal");
 const crumb = document.getElementById("crumb");
 let view = null;
 
 function say(word, text) {
-  light.className = `live ${word}`;
-  light.textContent = text;
+  signal.className = `signal ${word}`;
+  signal.textContent = text;
 }
 
 function showError(text) {

@@ -19,7 +19,6 @@ function factsOf(data, now) {
   const step = machine.step_s_p50?.latest?.[1] ?? pace.latest?.[1] ?? null;
   const left = status.total_steps && step ? Math.max(0, status.total_steps - status.step) * step : null;
   const last = data.checkpoints.at(-1);
-  const size = machine.parameter_bytes?.latest?.[1];
   return [
     ["Loss", status.loss === null ? null : status.loss.toFixed(4)],
     ["Epoch", status.epoch ? status.epoch.toFixed(2) : null],
@@ -28,8 +27,7 @@ function factsOf(data, now) {
     ["This job has left", live && data.job_ends ? clock(data.job_ends - now) : null],
     ["Training left", left !== null && status.state !== "complete" ? clock(left) : null, "without the queue"],
     ["Last checkpoint", last ? `step ${whole(last.step)}` : null, last ? `${ago(now - last.created)} ago${last.verified ? ", verified" : ""}` : ""],
-    ["Parameters", size ? sizeWords(size) : null],
-    ["Waiting", status.queued.length ? `${status.queued.length} job${status.queued.length > 1 ? "s" : ""}` : null, status.queued.slice(0, 3).join(", ")],
+    ["Queued behind it", status.queued.length ? `${status.queued.length} job${status.queued.length > 1 ? "s" : ""}` : null, status.queued.slice(0, 3).join(", ")],
   ].filter(([, value]) => value !== null);
 }
 

@@ -5,6 +5,7 @@ import { statePill } from "./run.js";
 import { ago, clock, whole } from "./words.js";
 
 const ORDER = ["running", "waiting", "stalled", "failed", "stopped", "complete"];
+const URGENT = ["running", "waiting", "stalled"];
 
 function row(key, run, now) {
   const total = run.total_steps;
@@ -52,7 +53,9 @@ export class RunsView {
   show() {
     const { data, slots } = this;
     const sought = slots.search.value.trim().toLowerCase();
-    const runs = data.order.map((key) => [key, data.runs[key]]);
+    // What needs eyes first; within that, the newest sign of life.
+    const urgency = ([, run]) => (URGENT.indexOf(run.state) + URGENT.length + 1) % (URGENT.length + 1);
+    const runs = data.order.map((key) => [key, data.runs[key]]).sort((a, b) => urgency(a) - urgency(b));
     const shown = runs.filter(([, run]) => `${run.name} ${run.state}`.toLowerCase().includes(sought));
     slots.root.textContent = data.root;
     slots.filters.hidden = runs.length < 2;
