@@ -85,13 +85,13 @@ async def _events(request: Request, gate: Gate, rooms: Rooms, ping_s: float) -> 
     if watched is None:
         return JSONResponse({"error": "There is no such run here."}, 404)
     return StreamingResponse(
-        _stream(watched, ping_s),
+        stream(watched, ping_s),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
 
-async def _stream(watched: Watched, ping_s: float) -> AsyncIterator[str]:
+async def stream(watched: Watched, ping_s: float) -> AsyncIterator[str]:
     """The whole first, then what changes; a comment where nothing does, for the proxies between."""
     shown: dict[str, Any] | None = None
     views = watched.views(ping_s)

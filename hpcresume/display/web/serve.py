@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import signal
 import socket
 import stat
 from collections.abc import Mapping
@@ -85,7 +86,18 @@ def serve(app: ASGIApp, listening: socket.socket) -> None:
         timeout_keep_alive=60,
         ws="none",
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    server = uvicorn.Server(config)
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    # When it has ended, uvicorn raises the signal again: by then there is nothing left to do.
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run(sockets=[listening])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def lines_to_type(listening: socket.socket, token: str, environ: Mapping[str, str]) -> list[str]:
