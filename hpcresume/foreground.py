@@ -17,6 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from hpcresume import chain, files
+from hpcresume.checkpoint.origin import (
+    Origin,
+    check_end,
+    check_own_place,
+    check_same,
+    find_origin,
+)
 from hpcresume.config import (
     RunConfig,
     check_complete,
@@ -29,7 +36,7 @@ from hpcresume.config import (
 )
 from hpcresume.display.logging import debug_to, logging_to
 from hpcresume.display.terminal import can_redraw, forgive, let_go_of_stdout
-from hpcresume.errors import ConfigError, HpcResumeError, RunLive, UsageError, unavailable
+from hpcresume.errors import ConfigError, HpcResumeError, NotFound, RunLive, UsageError, unavailable
 from hpcresume.history import past_link
 from hpcresume.journal import Journal
 from hpcresume.run_dir import LinkDir, RunDir, find_run, is_run, runs_root
@@ -69,7 +76,15 @@ def main(train: TrainFunction, argv: Sequence[str] | None = None, **settings: An
 def _parse(train: TrainFunction, argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(train.__doc__ or "").split("\n")[0] or None)
     parser.add_argument("--config", help="configuration file (default: ./hpcresume.yaml, if any)")
-    parser.add_argument("--resume", metavar="RUN", help="run directory to go on with")
+    parser.add_argument(
+        "--resume",
+        metavar="PATH",
+        help="a run to go on with; with --config, --name or --set, or where it is no run: what a "
+        "new run begins with (a run, a checkpoint, another program's checkpoint)",
+    )
+    parser.add_argument(
+        "--trust", action="store_true", help="PATH is your own: its pickles may hold anything"
+    )
     parser.add_argument("--name", help="name of the run (default: the script's)")
     parser.add_argument("--runs", help="folder of runs (default: $HPCRESUME_RUNS or ./runs)")
     parser.add_argument("--dashboard", action="store_true", help="draw on the whole terminal")
@@ -147,11 +162,12 @@ def _open_run(
     train: TrainFunction, options: argparse.Namespace, environ: Mapping[str, str], *, create: bool
 ) -> tuple[RunDir, RunConfig]:
     root = runs_root(options.runs, environ)
-    if options.resume:
-        if options.set or options.config or options.name:
-            raise UsageError("--resume takes a run as it is: leave --config, --name and --set out.")
-        run = find_run(options.resume, root)
-        return run, read_frozen(run.config)
+    if options.trust and not options.resume:
+        raise UsageError("--trust says something of what --resume PATH names: name it.")
+    if options.resume and not (options.set or options.config or options.name):
+        with contextlib.suppress(NotFound):
+            run = find_run(options.resume, root)
+            return run, read_frozen(run.config)
     own = Path("hpcresume.yaml")
     path = Path(options.config) if options.config else own if own.is_file() else None
     source = Path(getattr(sys.modules[train.__module__], "__file__", "train.py")).absolute()
@@ -163,13 +179,17 @@ def _open_run(
     frozen = _with(config, name=name, train=entry)
     check_complete(frozen)
     run = RunDir(root / name)
+    if options.resume and is_run(run.path):
+        check_same(run, options.resume, root)
     if create and not is_run(run.path):
+        origin = _checked_origin(options, root, run, frozen) if options.resume else None
         with contextlib.suppress(FileExistsError):
             run.create(
                 dump(frozen),
                 cluster=chosen_cluster(frozen.scheduler.cluster, environ),
                 project=source.parent,
                 versions={},
+                origin=None if origin is None else origin.to_json(),
             )
     deadline = time.monotonic() + 60
     while not is_run(run.path):
@@ -178,6 +198,19 @@ def _open_run(
         time.sleep(0.1)
     same_config(run, frozen)
     return run, read_frozen(run.config)
+
+
+def _checked_origin(
+    options: argparse.Namespace, root: Path, run: RunDir, config: RunConfig
+) -> Origin:
+    """What a new run is to begin with, looked into before there is a run."""
+    from hpcresume.checkpoint.foreign import look
+
+    origin = find_origin(options.resume, root, trust=options.trust)
+    check_own_place(run, origin)
+    told = look(origin)
+    check_end(config, told, origin)
+    return origin
 
 
 def _with(config: RunConfig, **changes: Any) -> RunConfig:

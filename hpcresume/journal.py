@@ -209,10 +209,14 @@ def lineage(run: RunDir, chain: list[LinkRecords] | None = None) -> Lineage:
     return Lineage()
 
 
-def known_step(links: list[LinkRecords]) -> int:
-    """The step that the newest link which trained stood at, or had committed last."""
+def known_step(links: list[LinkRecords], *, own: bool = False) -> int:
+    """The step that the newest link which trained stood at, or had committed last.
+
+    With `own`, only what the run itself has committed counts, not what it began with.
+    """
     for link in reversed(links):
-        steps = [int(r["step"]) for r in link.all("restored", "saved")]
+        records = link.all("restored", "saved")
+        steps = [int(r["step"]) for r in records if not (own and "from" in r)]
         if steps:
             return max(steps)
     return 0

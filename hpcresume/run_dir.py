@@ -2,6 +2,7 @@
 
 run.yaml                 the resolved configuration, frozen at submit
 run.json                 identity: name, id, when and where it was made, code and versions
+origin.json              what it begins with, where that is the state of something else
 environment              the environment for nested submissions (0600, never shown)
 script.sbatch, .json     a user's own batch script and its job's real options, where there is one
 hardware.json            the kind of node that later jobs ask for, where the run is pinned to one
@@ -138,6 +139,11 @@ class RunDir:
     def identity(self) -> Path:
         """Id of the run, project directory, versions of code and packages."""
         return self.path / "run.json"
+
+    @property
+    def origin(self) -> Path:
+        """What the run begins with, where that is the state of something else."""
+        return self.path / "origin.json"
 
     @property
     def environment(self) -> Path:
@@ -314,12 +320,18 @@ class RunDir:
         }
 
     def create(
-        self, frozen: str, *, cluster: str, project: Path, versions: Mapping[str, str]
+        self,
+        frozen: str,
+        *,
+        cluster: str,
+        project: Path,
+        versions: Mapping[str, str],
+        origin: Mapping[str, object] | None = None,
     ) -> None:
         """Make the directory, private to the user, with its frozen configuration and identity.
 
         `frozen` is the text of run.yaml; `cluster` stands in run.json as well, so that `status`
-        needs no YAML to know whom to ask.
+        needs no YAML to know whom to ask; `origin` is the content of origin.json.
 
         Prepared under a private name and renamed, so that no half-made run is ever seen. Raises
         FileExistsError if it is there already.
@@ -339,6 +351,8 @@ class RunDir:
         }
         try:
             files.write_json(private.identity, identity)
+            if origin is not None:
+                files.write_json(private.origin, origin)
             files.write_durably(private.config, frozen.encode())
             try:
                 os.rename(private.path, self.path)

@@ -172,7 +172,7 @@ def berth_for(
         clock=clock,
         journal=journal,
         lineage=lineage(run, links),
-        known_step=known_step(links),
+        known_step=known_step(links, own=True),
         begin_fresh=fresh,
         orphaned=orphaned,
         beat=beat,

@@ -25,6 +25,7 @@ from hpcresume import files
 from hpcresume.checkpoint import contents, rng
 from hpcresume.checkpoint.cadence import cadence_of
 from hpcresume.checkpoint.contents import Contents
+from hpcresume.checkpoint.foreign.giving import Giver
 from hpcresume.config import RunConfig
 from hpcresume.errors import CheckpointError, HpcResumeError, Unavailable, UsageError
 from hpcresume.training import buckets, changes, hyperparameters, machine, roll_back
@@ -188,6 +189,9 @@ class Session:
             if images is not None and saved is not None:
                 for difference in self._contents.restore(name, images, saved):
                     self._say_changed(difference)
+            elif self._giver is not None:
+                for words in self._giver.give(name, value, dict(self._contents.items())):
+                    self._say_changed(words)
             if code is not None:
                 self._given[name] = self._settled(name, value, code, keep)
 
@@ -361,6 +365,12 @@ class Session:
     def _rank0(self) -> bool:
         return self.rank == 0
 
+    @property
+    def _giver(self) -> Giver | None:
+        """Gives the state of another program's checkpoint, where the run begins with one."""
+        beginning = self._saver.beginning
+        return None if beginning is None else beginning.giver
+
     def _take_over(self) -> None:
         """Be where the checkpoint was; the data's place is settled when they are known."""
         machines: list[Any] = []
@@ -375,6 +385,11 @@ class Session:
             self._skipped = progress.get("skipped", [])
             self._leave_out(self._back)
             machines = progress.get("machines", [])
+        elif self._giver is not None:
+            source = self._giver.source
+            self.global_step, self.epoch = source.global_step, source.epoch
+            for words in source.notes:
+                self._say_changed(f"{source.path}: {words}")
         was = machines[self.rank] if self.rank < len(machines) else None
         if self._config.deterministic:
             machine.pin_threads(was)
@@ -406,6 +421,9 @@ class Session:
         was = code
         if self._saver.state is not None:
             was = self._saver.progress.get("given", {}).get(name, code)
+        elif self._giver is not None:
+            # What its own code gave is not known; what its state holds is used.
+            was = hyperparameters.laid_out(value) or code
         now = hyperparameters.overridden(code, override)
         unwanted = []
         for change in hyperparameters.changes(was, now):
@@ -423,7 +441,7 @@ class Session:
                 words,
                 ", ".join(sorted({repr(change.key) for change in unwanted})),
             )
-        return hyperparameters.without(now, unwanted)
+        return now if self._giver is not None else hyperparameters.without(now, unwanted)
 
     def _begin(self, loader: Any, accumulate: int) -> Feed:
         if self._feed is not None:
@@ -437,6 +455,8 @@ class Session:
         if self._saver.state is not None:
             self._check_registered()
             self._find_place()
+        elif self._giver is not None:
+            self._say_given(self._giver)
         self._set_end()
         if self._rank0:
             self._clock.guess(self._contents.payload_bytes() / SLOW_DISK_BYTES_S)
@@ -491,6 +511,17 @@ class Session:
             raise CheckpointError(
                 f"checkpoint-{self.global_step} holds {', '.join(sorted(unused))}, which the "
                 f"training function did not register before session.steps."
+            )
+
+    def _say_given(self, giver: Giver) -> None:
+        """Say what of another program's checkpoint is used, and what is not."""
+        log.info("taken over: %s", ", ".join(giver.given) or "nothing")
+        if giver.unused():
+            self._say_changed(f"{giver.source.path}: left out: {', '.join(giver.unused())}")
+        if not giver.given:
+            raise CheckpointError(
+                f"{giver.source.path} has nothing for what the training function registers: "
+                f"register its model before session.steps."
             )
 
     def _loader_now(self) -> dict[str, Any]:

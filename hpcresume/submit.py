@@ -7,6 +7,7 @@ frozen: the configuration, the code, the environment of submissions, the version
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import os
 import shutil
@@ -19,6 +20,14 @@ from pathlib import Path
 from hpcresume import files
 from hpcresume.checkpoint.cadence import cadence_of, few_saves
 from hpcresume.checkpoint.manifest import Committed
+from hpcresume.checkpoint.origin import (
+    Origin,
+    Told,
+    check_end,
+    check_own_place,
+    check_same,
+    find_origin,
+)
 from hpcresume.checkpoint.store import Store
 from hpcresume.commands import check_command, name_of
 from hpcresume.config import (
@@ -36,7 +45,14 @@ from hpcresume.config import (
     read_frozen,
     to_mapping,
 )
-from hpcresume.errors import CheckpointError, ConfigError, RunLive, UsageError
+from hpcresume.errors import (
+    CheckpointError,
+    ConfigError,
+    NotFound,
+    RunLive,
+    Unavailable,
+    UsageError,
+)
 from hpcresume.journal import Journal, known_step, lineage
 from hpcresume.link import Link, LinkOutcome, exiting_link
 from hpcresume.run_dir import RunDir, is_run
@@ -150,6 +166,7 @@ def prepare(
     project: Path,
     environ: Mapping[str, str],
     force_new: bool = False,
+    origin: Origin | None = None,
 ) -> RunDir:
     """Make the run directory with all that is frozen. Raises ConfigError, RunLive."""
     assert config.name is not None
@@ -168,12 +185,15 @@ def prepare(
     else:
         _check_entry(config.train, project)
     check_limits(run, config, environ)
+    if origin is not None:
+        check_own_place(run, origin)
     try:
         run.create(
             dump(config),
             cluster=chosen_cluster(config.scheduler.cluster, environ),
             project=project,
             versions=versions(),
+            origin=None if origin is None else origin.to_json(),
         )
     except FileExistsError:
         refuse_existing(run, config, environ)
@@ -344,6 +364,28 @@ def check_train(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> N
     raise ConfigError(f"train: {config.train} does not import: the process that tried {end}.{last}")
 
 
+def check_origin(origin: Origin, config: RunConfig, environ: Mapping[str, str]) -> Told:
+    """Look into what a run is to begin with, in a child process.
+
+    Raises what the child says of it, and ConfigError where it leaves nothing to train.
+    """
+    argv = [sys.executable, "-m", "hpcresume", "origin", *(["--trust"] if origin.trust else [])]
+    done = process.run([*argv, "--", origin.path], environ=process.scrubbed(environ), timeout_s=300)
+    if done.code == 0:
+        # What trusted code printed itself stands before it.
+        content = json.loads(done.out.strip().splitlines()[-1])
+        told = Told(**{**content, "notes": tuple(content["notes"])})
+        check_end(config, told, origin)
+        return told
+    said = done.err.rpartition("hpcresume: ")[2].strip()
+    for kind in (NotFound, CheckpointError, Unavailable):
+        if done.code == kind.exit_code and said:
+            raise kind(said)
+    end = "gave no answer in 300 s" if done.timed_out else f"left with code {done.code}"
+    last = "\n  ".join(["", *done.err.strip().splitlines()[-12:]])
+    raise CheckpointError(f"{origin.path} cannot be read: the process that tried {end}.{last}")
+
+
 # ---- the first and the next job ----------------------------------------------------------
 
 
@@ -445,7 +487,7 @@ def ready_to_resume(
 
 def check_checkpoints(story: Story) -> None:
     """Refuse to begin afresh where the journal knows of a committed step."""
-    known = known_step(story.links)
+    known = known_step(story.links, own=True)
     over = lineage(story.run, story.links)
     if known and not Store(story.run, story.run_id).committed(over):
         raise CheckpointError(
@@ -563,23 +605,31 @@ def adopt_batch(
     sets: Sequence[str],
     root: Path,
     environ: Mapping[str, str],
+    resume: str | None = None,
+    trust: bool = False,
 ) -> RunDir:
     """The run that a job of a user's own batch script works on: a new one, or one that rests.
 
     The script and the job's real options are frozen into the run, so that every further link gets
-    the same job, whatever stood on sbatch's command line. Raises RunLive where it is live.
+    the same job, whatever stood on sbatch's command line. A new run begins with `resume`, if that
+    names anything. Raises RunLive where it is live.
     """
     config = read_config(path, sets=sets, options={}, environ=environ)
     assert config.name is not None
     run = RunDir(root / config.name)
     job = environ.get("SLURM_JOB_ID")
     if is_run(run.path):
+        if resume is not None:
+            check_same(run, resume, root)
         _check_rests(run, config, environ)
         if read_story(run).completed:
             return run
         ready_to_resume(run, sets=(), environ=environ, me=job)
     else:
-        run = prepare(config, root, project=Path.cwd(), environ=environ)
+        origin = None if resume is None else find_origin(resume, root, trust=trust)
+        if origin is not None:
+            check_origin(origin, config, environ)
+        run = prepare(config, root, project=Path.cwd(), environ=environ, origin=origin)
     if job:
         clean = process.scrubbed(environ)
         scheduler = SlurmScheduler(config.scheduler, environ=clean, launcher=None)

@@ -33,9 +33,10 @@ _COMMANDS = {
     "link": "hidden",
     "rank": "hidden",
     "local-driver": "hidden",
+    "origin": "hidden",
     "verify-link": "verify",
 }
-_HIDDEN = frozenset({"link", "rank", "local-driver", "verify-link"})
+_HIDDEN = frozenset({"link", "origin", "rank", "local-driver", "verify-link"})
 
 
 class _Lazy(click.Group):

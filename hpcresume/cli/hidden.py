@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from hpcresume.cli.options import root_of, runs_option
-from hpcresume.errors import UsageError
+from hpcresume.cli.options import origin_options, root_of, runs_option
+from hpcresume.errors import UsageError, unavailable
 from hpcresume.run_dir import RunDir, is_run
 
 
 @click.command(hidden=True)
 @click.argument("target", required=False, type=click.Path(path_type=Path))
+@click.option("--config", type=click.Path(path_type=Path), help="Wins over TARGET.")
 @click.option("--set", "sets", multiple=True, metavar="a.b=VALUE")
+@origin_options
 @runs_option
-def link(target: Path | None, sets: tuple[str, ...], runs: str | None) -> int:
+def link(
+    target: Path | None,
+    config: Path | None,
+    sets: tuple[str, ...],
+    resume: str | None,
+    trust: bool,
+    runs: str | None,
+) -> int:
     """Supervise one link: of the run in $HPCRESUME_RUN or TARGET, or of the one CONFIG makes."""
     from hpcresume.config import default_path
     from hpcresume.link import supervise
@@ -25,15 +36,25 @@ def link(target: Path | None, sets: tuple[str, ...], runs: str | None) -> int:
     frozen = os.environ.get("HPCRESUME_RUN")
     if frozen:
         run = RunDir(Path(frozen))
-    elif target is not None and is_run(target):
+    elif target is not None and is_run(target) and config is None and resume is None:
         run = RunDir(target.absolute())
     else:
         from hpcresume.submit import adopt_batch
 
-        path = target or default_path(Path.cwd())
+        # A batch script names its own configuration, and its command line may name another.
+        path = config or target or default_path(Path.cwd())
         if path is None:
             raise UsageError("Name the configuration: hpcresume link CONFIG.")
-        run = adopt_batch(path, sets=sets, root=root_of(runs), environ=os.environ)
+        if trust and resume is None:
+            raise UsageError("--trust says something of what --resume PATH names: name it.")
+        run = adopt_batch(
+            path,
+            sets=sets,
+            root=root_of(runs),
+            environ=os.environ,
+            resume=resume,
+            trust=trust,
+        )
     return supervise(run, os.environ).exit_code
 
 
@@ -61,6 +82,22 @@ def rank(run: Path, number: int | None, check: bool) -> int:
     if number is None:
         raise UsageError("hpcresume rank needs --link.")
     return ranks.run_rank(chosen, number, os.environ)
+
+
+@click.command(hidden=True)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--trust", is_flag=True)
+def origin(path: Path, trust: bool) -> int:
+    """Say as JSON how far what lies at PATH has trained; it is absolute."""
+    from hpcresume.checkpoint.foreign import look
+    from hpcresume.checkpoint.origin import Origin
+
+    try:
+        told = look(Origin(asked=str(path), path=str(path), trust=trust))
+    except OSError as error:
+        raise unavailable(error) from None
+    click.echo(json.dumps(asdict(told)))
+    return 0
 
 
 @click.command(hidden=True)

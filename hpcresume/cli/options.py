@@ -6,12 +6,15 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from hpcresume.errors import NotFound, UsageError
 from hpcresume.run_dir import RunDir, all_runs, find_run, runs_root
+
+if TYPE_CHECKING:
+    from hpcresume.checkpoint.origin import Origin
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -21,6 +24,29 @@ def runs_option(command: F) -> F:
     return click.option(
         "--runs", metavar="DIR", help="Folder of runs [$HPCRESUME_RUNS or ./runs]."
     )(command)
+
+
+def origin_options(command: F) -> F:
+    """--resume PATH, --trust."""
+    trust = click.option(
+        "--trust", is_flag=True, help="PATH is your own: its pickles may hold anything."
+    )
+    return click.option(
+        "--resume",
+        metavar="PATH",
+        help="Begin with a run, a checkpoint, or another program's checkpoint.",
+    )(trust(command))
+
+
+def chosen_origin(resume: str | None, trust: bool, root: Path) -> Origin | None:
+    """What a new run is to begin with. Raises NotFound, CheckpointError, UsageError."""
+    if resume is None:
+        if trust:
+            raise UsageError("--trust says something of what --resume PATH names: name it.")
+        return None
+    from hpcresume.checkpoint.origin import find_origin
+
+    return find_origin(resume, root, trust=trust)
 
 
 def chosen_run(text: str | None, runs: str | None) -> RunDir:

@@ -17,7 +17,7 @@ from hpcresume.cli.behind import (
     default_config,
     settings_of_command,
 )
-from hpcresume.cli.options import root_of, runs_option
+from hpcresume.cli.options import chosen_origin, origin_options, root_of, runs_option
 from hpcresume.config import RunConfig, read_frozen
 from hpcresume.display.terminal import let_go_of_stdout
 from hpcresume.errors import SubmissionRejected, UsageError
@@ -48,6 +48,7 @@ from hpcresume.scheduler.doctor.way import Way
     "--sbatch", "extra", multiple=True, metavar="KEY=VALUE", help="Goes to sbatch untouched."
 )
 @command_options
+@origin_options
 @runs_option
 @click.option(
     "--dry-run",
@@ -80,10 +81,27 @@ def submit(config: Path | None, config_option: Path | None, runs: str | None, **
         environ=os.environ,
     )
     root = root_of(runs)
+    origin = chosen_origin(flags["resume"], flags["trust"], root)
+    if origin is not None and settings.command:
+        raise UsageError(
+            "--resume begins a training function with what it names; a command loads its own "
+            "checkpoint: name that among its arguments."
+        )
     if flags["dry_run"]:
         return _dry(settings, root)
+    if origin is not None:
+        told = verbs.check_origin(origin, settings, os.environ)
+        where = f"step {told.global_step}, in epoch {told.epoch + 1}"
+        click.echo(f"begins with {origin.path}, {told.layout}: {where}")
+        for note in told.notes:
+            click.echo(f"  {note}", err=True)
     run = verbs.prepare(
-        settings, root, project=Path.cwd(), environ=os.environ, force_new=flags["force_new"]
+        settings,
+        root,
+        project=Path.cwd(),
+        environ=os.environ,
+        force_new=flags["force_new"],
+        origin=origin,
     )
     try:
         return begin(run, read_frozen(run.config), detach=flags["detach"])

@@ -57,6 +57,17 @@ def given(value: Any) -> dict[str, Any] | None:
     return None
 
 
+def laid_out(value: Any) -> dict[str, Any] | None:
+    """The same of one that another program's state was put into.
+
+    A rate that a schedule has moved counts as it was laid out.
+    """
+    found = given(value)
+    for group in [] if found is None else found.get("groups", []):
+        group["lr"] = group.get("initial_lr", group["lr"])
+    return found
+
+
 def overridden(code: Mapping[str, Any], override: Mapping[str, float]) -> dict[str, Any]:
     """What the code gives, with values that the run's configuration gives instead."""
     if "groups" in code:

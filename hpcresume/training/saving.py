@@ -44,6 +44,7 @@ from hpcresume.journal import (
     segments_to_json,
 )
 from hpcresume.scheduler.environment import node_names
+from hpcresume.training.beginning import Beginning, begin
 from hpcresume.training.berth import Berth
 from hpcresume.training.record import MetricLog
 from hpcresume.training.room import Quotas
@@ -59,7 +60,8 @@ class Saver:
     """Finds, restores from and commits checkpoints, for all ranks of a link alike.
 
     `committed` is the newest one on the lineage; `images` are the files of the one that the link
-    began with, until training begins, and `state` is its state.json; None in a fresh run.
+    began with, until training begins, and `state` is its state.json; None in a fresh run. Where
+    the run itself has none yet, they are those of `beginning`, if that is one of ours.
     """
 
     def __init__(self, berth: Berth, registered: Contents, metrics: MetricLog) -> None:
@@ -81,10 +83,18 @@ class Saver:
         self.images = self._find()
         self.committed: Committed | None = None
         self.state: dict[str, Any] | None = None
+        self.beginning: Beginning | None = None
         if self.images is not None:
             self.committed = self.images.committed
+        else:
+            self.beginning = begin(berth)
+            self.images = None if self.beginning is None else self.beginning.images
+        if self.images is not None:
             self.state = self.images.json(STATE)
         self.tried_step = 0 if self.state is None else self.progress["global_step"]
+        if self.beginning is not None:
+            # Not even the step that it begins with is saved in this run.
+            self.tried_step = -1
         self._lineage = self._adopt()
         if checkpoint.minutes == "auto" and berth.ranks.rank == 0:
             self._mtbf_s = _mtbf_s(berth)
@@ -119,7 +129,7 @@ class Saver:
 
     def begun(self) -> None:
         """All is restored: the memory of what was read is given back."""
-        self.images = None
+        self.images = self.beginning = None
         if self._contents.is_divided():
             self._shares = Shares(self._berth.ranks)
 
@@ -137,12 +147,23 @@ class Saver:
     def _adopt(self) -> Lineage:
         """Declare what this link builds upon: from here on the rest is off the lineage."""
         segments: tuple[Segment, ...] = ()
-        if self.state is not None:
+        if self.state is not None and self.beginning is None:
             segments = segments_from_json(self.progress["lineage"])
         lineage = Lineage(segments, self._berth.link.number)
         if self._berth.journal is None:
             return lineage
-        found = self.committed
+        found, beginning = self.committed, self.beginning
+        if beginning is not None:
+            self._berth.journal.write("restored", **beginning.record, segments=[])
+            log.info(
+                "beginning with %s, %s: step %d, in epoch %d (%s)",
+                beginning.origin.path,
+                beginning.layout,
+                beginning.step,
+                beginning.epoch + 1,
+                beginning.digest[:8],
+            )
+            return lineage
         self._berth.journal.write(
             "restored",
             step=0 if found is None else found.step,
