@@ -119,7 +119,7 @@ class _Reader:
             # Whatever a damaged pickle makes of its reader.
             raise CheckpointError(
                 f"{file} cannot be read: it is damaged, or of another version of torch "
-                f"({type(error).__name__}: {error})."
+                f"({type(error).__name__}: {pickled.first_line(error)})."
             ) from None
 
     def files(self) -> list[Path]:

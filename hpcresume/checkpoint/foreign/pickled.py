@@ -32,8 +32,11 @@ def load(source: Path | io.BytesIO, trust: bool, what: str = "") -> Any:
     if isinstance(source, Path):
         what = what or str(source)
         with open(source, "rb") as file:
-            # Those of torch before 1.6 are no zip, and cannot be mapped.
-            mapped = file.read(4) == b"PK\x03\x04"
+            begin = file.read(4)
+        # Those of torch before 1.6 are no zip, and cannot be mapped.
+        mapped = begin == b"PK\x03\x04"
+        if not mapped and begin[:1] != pickle.PROTO:
+            raise _broken(what, ValueError("it begins as none"))
     try:
         return torch.load(source, map_location="cpu", weights_only=not trust, mmap=mapped)
     except OSError as error:
@@ -63,12 +66,17 @@ def refused(path: Path | str, error: pickle.UnpicklingError) -> CheckpointError:
 
 
 def _broken(path: Path | str, error: Exception) -> CheckpointError:
-    words = (str(error).strip() or type(error).__name__).splitlines()[0]
-    words = words.partition(". This is an internal")[0]
+    words = first_line(error)
     return CheckpointError(
         f"{path} cannot be read by torch: it is damaged, or no checkpoint "
-        f"({type(error).__name__}: {words[:200].rstrip('.')})."
+        f"({type(error).__name__}: {words})."
     )
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says of itself, in short."""
+    line = (str(error).strip() or "no more is known").splitlines()[0]
+    return line.partition(". This is an internal")[0][:200].rstrip(".")
 
 
 def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
