@@ -41,8 +41,10 @@ def test_a_restarted_job_knows_how_often() -> None:
     assert allocation({**BATCH, "SLURM_RESTART_COUNT": "3"}).restart_count == 3
 
 
-def test_newer_versions_tell_the_end_of_the_job() -> None:
-    assert allocation({**BATCH, "SLURM_JOB_END_TIME": "1795261007"}).end_time == 1795261007.0
+def test_newer_versions_tell_the_start_and_the_end_of_the_job() -> None:
+    told = {"SLURM_JOB_START_TIME": "1795261000", "SLURM_JOB_END_TIME": "1795261007"}
+    job = allocation({**BATCH, **told})
+    assert (job.start_time, job.end_time) == (1795261000.0, 1795261007.0)
 
 
 def test_a_local_job_inside_a_job_of_slurm_is_local() -> None:
