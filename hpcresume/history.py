@@ -12,8 +12,10 @@ from typing import Any
 from hpcresume import files
 from hpcresume.chain import (
     HANG,
+    MEMORY,
     NODE_CAUSES,
     Budgets,
+    Cause,
     Decision,
     Evidence,
     Failure,
@@ -28,6 +30,7 @@ from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.environment import node_names
 from hpcresume.scheduler.job import JobInfo
 from hpcresume.story import Story
+from hpcresume.training.heartbeat import step_in_progress
 
 #: More ranks than any link has had; a claim that says so is damaged.
 _MOST_RANKS = 1 << 20
@@ -71,6 +74,7 @@ def past_link(story: Story, link: LinkRecords, job: JobInfo | None) -> PastLink:
             first_step=first,
             committed_step=committed,
             failure=failure,
+            at_step=at_step(story.run, link, cause_named(record["cause"], failure)),
             who=str(record.get("who", "")),
             detail=str(record.get("detail", "")),
             seconds=_seconds(record.get("seconds")),
@@ -87,6 +91,7 @@ def past_link(story: Story, link: LinkRecords, job: JobInfo | None) -> PastLink:
         first_step=first,
         committed_step=committed,
         failure=evidence.failure,
+        at_step=at_step(story.run, link, cause),
         who=story.cancelled or (job.cancelled_by if job is not None else ""),
         detail=detail,
         seconds=_lasted(job, times),
@@ -102,6 +107,17 @@ def _retries(link: LinkRecords) -> int:
     for record in link.all("saved", "retried"):
         count = count + 1 if record["kind"] == "retried" else 0
     return count
+
+
+def at_step(run: RunDir, link: LinkRecords, cause: Cause) -> int | None:
+    """The step in which memory ran out, by rank 0's last sign of life: who is killed says nothing.
+
+    None where something else was the cause, and where it is not known.
+    """
+    if cause not in MEMORY:
+        return None
+    restored = link.last("restored")
+    return step_in_progress(run.link(link.number).beat(0), int(restored["step"]) if restored else 0)
 
 
 def _lasted(job: JobInfo | None, times: Sequence[float]) -> float:

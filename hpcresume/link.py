@@ -26,7 +26,15 @@ from hpcresume.chain import Cause, Decision, PastLink
 from hpcresume.config import RunConfig, read_frozen
 from hpcresume.display.logging import debug_to, logging_to
 from hpcresume.errors import Fenced, RunLive, Unavailable
-from hpcresume.history import budgets_of, end_of, gather, past_link, past_links, verdict_of
+from hpcresume.history import (
+    at_step,
+    budgets_of,
+    end_of,
+    gather,
+    past_link,
+    past_links,
+    verdict_of,
+)
 from hpcresume.journal import Journal, LinkRecords, asking_about
 from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.scheduler import step
@@ -506,6 +514,7 @@ class _Supervisor:
             cause=cause,
             detail=detail,
             failure=evidence.failure,
+            at_step=at_step(self.run, own, cause),
             seconds=seconds,
         )
         self._write_ended(past, exit_code=code)

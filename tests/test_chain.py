@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_run import add_link, make_run, training
+from made_run import add_link, end_link, make_run, training
+from slurm_cluster import wait_until
 
 from hpcresume import files
 from hpcresume.chain import (
@@ -32,8 +33,10 @@ from hpcresume.chain import (
     decide,
 )
 from hpcresume.history import last_lines, past_link, past_links
+from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.job import JobInfo, JobState
 from hpcresume.story import read_story
+from hpcresume.training.heartbeat import Heartbeat
 
 quick = settings(database=None, deadline=None, max_examples=150)
 
@@ -726,6 +729,33 @@ def test_memory_that_killed_without_a_word_counts_only_without_progress() -> Non
     assert last_of([*after_progress, *links(Cause.HOST_MEMORY)]).rule == "same_memory"
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "rule"),
+    [(20, 20, "same_memory"), (20, 19, ""), (20, None, ""), (None, 20, ""), (None, None, "")],
+)
+def test_memory_that_killed_at_one_step_by_the_last_signs_of_life_is_the_same(
+    first: int | None, second: int | None, rule: str
+) -> None:
+    (progressed,) = links(Cause.HOST_MEMORY, progress=True, at_step=first)
+    (idle,) = links(Cause.HOST_MEMORY, at_step=second)
+    decision = last_of([progressed, idle])
+    assert decision.rule == rule
+    assert ("in step 20 twice" in decision.reason) == bool(rule)
+
+
+def test_memory_that_killed_at_other_steps_by_the_last_signs_still_counts_without_progress() -> (
+    None
+):
+    killed = [links(Cause.HOST_MEMORY, at_step=step)[0] for step in (20, 19)]
+    assert "without a new step twice" in last_of(killed).reason
+
+
+def test_step_of_an_exception_is_compared_with_the_one_of_a_last_sign_of_life() -> None:
+    (told,) = links(Cause.HOST_MEMORY, progress=True, failure=failure(step=20))
+    (killed,) = links(Cause.HOST_MEMORY, at_step=20)
+    assert last_of([told, killed]).rule == "same_memory"
+
+
 def test_non_finite_value_stops_at_once_and_says_where_and_what_is_kept() -> None:
     found = failure("loss is nan", type="NonFinite", metric="loss", step=107, exit_code=8)
     decision = last_of(links(Cause.NON_FINITE, failure=found, progress=True), Budgets())
@@ -934,6 +964,40 @@ def test_words_of_slurm_in_the_log_of_the_job_tell_of_a_killed_rank(tmp_path: Pa
     story = read_story(run)
     job = JobInfo(id="27", state=JobState.FAILED, exit_code=1)
     assert past_link(story, story.links[0], job).cause is Cause.HOST_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "at_step"),
+    [("step", 20, 21), ("first step", 0, 19), ("save", 27, 27), ("start", 0, None)],
+)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_rank_that_ran_out_of_memory_was_where_its_last_sign_of_life_says(
+    tmp_path: Path, kind: str, step: int, at_step: int | None, recorded: bool
+) -> None:
+    run = make_run(tmp_path)
+    link = add_link(run, step=18, job="27")
+    beat = Heartbeat(link.beat(0))
+    beat.step(step)
+    beat.enter(kind)
+    # As a rank that is killed leaves it: without a last word.
+    wait_until("the sign", lambda: f'"{kind}", "step": {step},' in link.beat(0).read_text(), 30)
+    sign = link.beat(0).read_bytes()
+    beat.close()
+    link.beat(0).write_bytes(sign)
+    if recorded:
+        end_link(link, "continue", "out of host memory", "killed")
+    story = read_story(run)
+    past = past_link(story, story.links[0], JobInfo(id="27", state=JobState.OUT_OF_MEMORY))
+    assert (past.cause, past.at_step) == (Cause.HOST_MEMORY, at_step)
+
+
+@pytest.mark.parametrize("sign", ["", "[1]", '{"kind": [], "step": "x"}', '{"kind": "step"}'])
+def test_torn_sign_of_life_tells_no_step(tmp_path: Path, sign: str) -> None:
+    link = add_link(make_run(tmp_path), job="27")
+    link.beat(0).write_text(sign)
+    story = read_story(RunDir(link.path.parents[1]))
+    past = past_link(story, story.links[0], JobInfo(id="27", state=JobState.OUT_OF_MEMORY))
+    assert past.at_step is None
 
 
 def test_nodes_of_a_link_are_counted_from_its_claim(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ SCENARIOS = {
         HERE,
         "test_a_link_outlives_the_controller_and_is_followed_as_ever",
     ),
-    "step out of memory": (HERE, "test_out_of_memory_twice_without_a_new_step_ends_the_chain"),
+    "step out of memory": (HERE, "test_out_of_memory_at_the_same_step_twice_ends_the_chain"),
     "exception every time": (HERE, "test_the_same_exception_twice_ends_the_chain_and_why_shows_it"),
     "exception once": (HERE, "test_an_exception_that_does_not_come_again_costs_one_link"),
     "NaN": (HERE, "test_a_loss_that_is_not_finite_ends_the_chain_before_it_is_saved"),
@@ -425,14 +425,16 @@ def test_a_hang_in_the_same_step_twice_ends_the_chain(scene: Scene) -> None:
 
 
 @side_by_side()
-def test_out_of_memory_twice_without_a_new_step_ends_the_chain(scene: Scene) -> None:
+def test_out_of_memory_at_the_same_step_twice_ends_the_chain(scene: Scene) -> None:
     if not scene.cluster.has_cgroups:
         pytest.skip("no writable cgroups (v1) for freezer and memory: Slurm records no cause")
-    scene.begin(args={"fault": "fill_memory", "always": True})
+    # The kernel ends a rank without a word: its last sign of life, one a second, tells the step.
+    slow = {"fault": "fill_memory", "always": True, "pause_s": 1.2}
+    scene.begin(args=slow, chain={"hang_s": 600})
     decision = scene.stops()
     assert decision["rule"] == "same_memory"
-    # Where the kernel ends a rank nobody tells its step; the first link has saved some before.
-    assert scene.causes() == ["out of host memory"] * 3
+    assert f"in step {AT} twice" in decision["reason"]
+    assert scene.causes() == ["out of host memory"] * 2
     assert "scheduler.mem" in scene.why()
 
 

@@ -181,7 +181,8 @@ def _same_memory(history: Sequence[PastLink], _: Budgets) -> _Found:
         return None
     for link in _since_progress(history):
         if link.cause is last.cause and _may_be_one_step(link, last):
-            where = f"in step {last.failure.step}" if last.failure else "without a new step"
+            at_once = last.failed_step is not None and link.failed_step == last.failed_step
+            where = f"in step {last.failed_step}" if at_once else "without a new step"
             return (
                 "stop",
                 "same_memory",
@@ -192,10 +193,15 @@ def _same_memory(history: Sequence[PastLink], _: Budgets) -> _Found:
 
 
 def _may_be_one_step(link: PastLink, last: PastLink) -> bool:
-    """A rank that the kernel ended left no word about its step: where it began stands for it."""
-    if link.failure is None or last.failure is None:
-        return not link.progressed
-    return link.failure.step == last.failure.step
+    """Whether it was one step, as well as that is known.
+
+    A rank that the kernel ended left no more than a sign of life, which may be a second old: where
+    it began stands for its step as well.
+    """
+    if link.failed_step == last.failed_step is not None:
+        return True
+    told = link.failure is not None and last.failure is not None
+    return not told and not link.progressed
 
 
 def _since_progress(history: Sequence[PastLink]) -> Sequence[PastLink]:

@@ -25,6 +25,8 @@ class PastLink:
     committed_step: int
     """The newest step that stood committed when it ended."""
     failure: Failure | None = None
+    at_step: int | None = None
+    """The step that rank 0 was in by its last sign of life, where memory ran out without a word."""
     who: str = ""
     """Who cancelled it."""
     detail: str = ""
@@ -38,6 +40,11 @@ class PastLink:
     """How many nodes its job had."""
     ended_at: float = 0.0
     """Unix seconds."""
+
+    @property
+    def failed_step(self) -> int | None:
+        """The step that it failed in, as well as that is known."""
+        return self.at_step if self.failure is None else self.failure.step
 
     @property
     def progressed(self) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpcresume import files
 from hpcresume.journal import LinkRecords
 from hpcresume.training import pace
 from hpcresume.training.pace import UNKNOWN_S, Durations, Pace
@@ -32,6 +33,18 @@ _TICK_EACH_S = 0.01
 #: A sign has this length whatever it says: its place on the disk is taken once.
 _SIGN_BYTES = 512
 _KIND_LETTERS = 32
+
+
+def step_in_progress(sign_of_life: Path, restored: int) -> int | None:
+    """The step that a rank was in when it gave its last sign, up to a second before its end.
+
+    `restored` is the step that it began with. None where no sign tells it.
+    """
+    sign = files.read_json_or_none(sign_of_life)
+    if not isinstance(sign, dict) or type(sign.get("step")) is not int:
+        return None
+    kind = str(sign.get("kind"))
+    return None if kind == START else max(sign["step"], restored) + (kind not in _BETWEEN_STEPS)
 
 
 def _tick_s(fixed_s: float | None) -> float:

@@ -135,6 +135,7 @@ class SimulatedRanks:
         """One of them is killed now; `memory` leaves the kernel's words in the log."""
         if kind == "memory":
             self._link.rank_log(0).write_text("slurmstepd: error: Detected 1 oom-kill event(s)\n")
+            self._beat("step" if self.seen.restored >= 0 else "start", self.seen.step, 1e6)
         if self._code is None:
             self._leave(_SIGKILL, kind)
 
