@@ -303,7 +303,8 @@ class Successors:
 
         `now` is Unix time by the scheduler's clock.
         """
-        if self._scheduler is None:
+        asked = self._config.scheduler.deadline or self._run.script_options.exists()
+        if self._scheduler is None or not asked:
             return None
         return too_late(job_spec(self._run, self._config, lead_s=self._lead_s), now)
 

@@ -7,6 +7,7 @@ leave after some seconds.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pwd
@@ -32,6 +33,7 @@ from oracle import (
 )
 from slurm_cluster import SlurmCluster
 
+from hpcresume.config import parse_moment
 from hpcresume.journal import LinkRecords, read_chain
 from hpcresume.run_dir import RunDir
 
@@ -486,6 +488,135 @@ def test_slurms_refusal_is_shown_verbatim(cluster: SlurmCluster, folder: Path) -
     assert "nowhere" in done.stderr
     done = chain.command("submit", "--name=two", "--sbatch", "constraint=martian")
     assert done.returncode in (4, 6), done.stderr
+
+
+# ---- queue shaping -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def soon_taken(cluster: SlurmCluster) -> Iterator[Callable[[], None]]:
+    """All nodes are reserved for others in four minutes: only jobs that end before may start.
+
+    What is given takes the reservation back.
+    """
+    nodes, owner = f"nodes={','.join(cluster.nodes)}", f"users={cluster.user}"
+    about = ("reservationname=soon", "starttime=now+4minutes", "duration=60", nodes, owner)
+    cluster.run("scontrol", "create", "reservation", *about)
+    free = functools.partial(cluster.run, "scontrol", "delete", "reservationname=soon", check=False)
+    yield lambda: str(free()) and None
+    free()
+
+
+SLOWER = {"args": {"pause_s": 0.5}, "chain": {"lead_s": 40}}
+
+
+def test_a_link_whose_limit_slurm_has_shortened_saves_in_time(
+    cluster: SlurmCluster, folder: Path, uncut: dict[str, Any], soon_taken: Callable[[], None]
+) -> None:
+    chain = new_chain(cluster, folder, **SLOWER)
+    chain.submit("--time=00:30:00", "--time-min=00:01:00")
+    first = chain.wait(lambda links: links and links[0].last("decided") and links[0])
+    given_s = json.loads(chain.run.link(1).deadline.read_text())["end"] - first.claim["t"]
+    assert given_s < 245, "Slurm gave all that was asked for"
+    asked = first.last("stop_asked")
+    assert asked["reason"].startswith("deadline"), chain.story()
+    assert first.last("saved")["step"] == asked["step"] > 0
+    assert first.last("decided")["decision"] == "continue"
+    limits = cluster.run("squeue", "-h", "--name=run", "--states=PENDING", "--format=%l")
+    assert set(limits.split()) == {"30:00"}, "the next jobs ask for all of it again"
+    soon_taken()
+    chain.completed()
+    assert len(read_chain(chain.run)) >= 2
+    assert_equivalent(chain.run, uncut)
+
+
+def sbatch_own(chain: Chain, *options: str) -> None:
+    """Begin a chain by a script of the user's own, and wait until two more of its jobs wait."""
+    text = (REPOSITORY / "slurm" / "train.sbatch").read_text()
+    text = text.replace("configs/quickstart.yaml", "hpcresume.yaml")
+    text = text.replace("exec hpcresume", f"exec {sys.executable} -m hpcresume")
+    script = chain.folder / "train.sbatch"
+    script.write_text(text)
+    place = ("--mem=1000", f"--chdir={chain.folder}", "--job-name=run")
+    chain.cluster.run("sbatch", *place, *options, str(script))
+    chain.started()
+    chain.wait(lambda links: len(chain.status()["queued"]) == 2)
+
+
+def told_of(cluster: SlurmCluster, state: str, form: str) -> list[str]:
+    return cluster.run("squeue", "-h", "--name=run", f"--states={state}", form).split()
+
+
+@pytest.mark.usefixtures("soon_taken")
+def test_a_users_script_whose_limit_was_shortened_asks_for_all_of_it_again(
+    cluster: SlurmCluster, folder: Path
+) -> None:
+    chain = new_chain(cluster, folder, chain={"lead_s": 5}, scheduler={"time": None})
+    sbatch_own(chain, "--time=00:30:00", "--time-min=1")
+    given = json.loads(chain.run.script_options.read_text())
+    assert {"--time=00:30:00", "--time-min=00:01:00"} <= set(given)
+    assert told_of(cluster, "PENDING", "--format=%l") == ["30:00"] * 2
+    assert told_of(cluster, "RUNNING", "--format=%l")[0] in ("1:00", "2:00", "3:00")
+
+
+def test_the_jobs_of_a_users_script_share_one_deadline(cluster: SlurmCluster, folder: Path) -> None:
+    chain = new_chain(cluster, folder, chain={"lead_s": 5}, scheduler={"time": None})
+    sbatch_own(chain, "--time=00:01:00", "--deadline=now+1day")
+    (first,) = told_of(cluster, "RUNNING", "--Format=Deadline:30")
+    assert told_of(cluster, "PENDING", "--Format=Deadline:30") == [first] * 2
+    promised = chain.status()["deadline"].replace("Z", "+00:00")
+    assert parse_moment(promised, now=0) == parse_moment(first, now=0)
+
+
+def test_a_chain_whose_next_job_could_not_end_before_the_deadline_stops_and_says_so(
+    cluster: SlurmCluster, folder: Path
+) -> None:
+    chain = new_chain(cluster, folder, **SLOWER)
+    chain.submit("--deadline=now+100seconds")
+    decided = chain.ended(timeout=150)
+    assert (decided["cause"], decided["rule"]) == ("expired", "expired")
+    assert (
+        "a job of 00:01:00 that begins now could not end before the deadline" in decided["reason"]
+    )
+    status = chain.status()
+    assert (status["state"], status["queued"]) == ("failed", [])
+    told = chain.command("why", "run")
+    assert "hpcresume resume run --set scheduler.deadline=\n" in told.stdout
+    refused = chain.command("resume", "run")
+    assert refused.returncode == 4, refused.stdout
+    assert "could not end before the deadline" in refused.stderr
+    resumed = chain.command("resume", "run", "--set", "scheduler.deadline=")
+    assert resumed.returncode == 0, resumed.stderr
+    chain.completed()
+
+
+def test_a_dry_run_asks_slurm_when_the_first_job_would_start(
+    cluster: SlurmCluster, folder: Path
+) -> None:
+    chain = new_chain(cluster, folder)
+    done = chain.command("submit", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("#!/bin/bash\n")
+    assert re.match(r"Slurm would start the first job at once, on \S+, as the ", done.stderr)
+    blocking = ("--exclusive", "--nodes=4", "--time=60", "--output=/dev/null", "--wrap=sleep 99")
+    cluster.run("sbatch", "--mem=100", *blocking)
+    chain.wait(lambda _: cluster.queue()[0]["state"] == "RUNNING")
+    done = chain.command("submit", "--dry-run")
+    assert re.match(r"Slurm would start the first job in (60|59) min, at ", done.stderr)
+    assert not cluster.queue()[1:]
+    assert not chain.run.path.exists()
+
+
+def test_a_dry_run_of_what_slurm_refuses_shows_its_words(
+    cluster: SlurmCluster, folder: Path
+) -> None:
+    chain = new_chain(cluster, folder)
+    done = chain.command("submit", "--dry-run", "--sbatch", "constraint=martian")
+    assert done.returncode == 4, "that is a field of its own"
+    done = chain.command("submit", "--dry-run", "--set", "scheduler.constraint=martian")
+    assert done.returncode == 6, done.stderr
+    assert "Invalid feature specification" in done.stderr
+    assert "#SBATCH --constraint=martian" in done.stdout
 
 
 # ---- where compute nodes may not submit --------------------------------------------------------
