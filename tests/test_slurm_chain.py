@@ -585,9 +585,10 @@ def test_a_chain_whose_next_job_could_not_end_before_the_deadline_stops_and_says
     refused = chain.command("resume", "run")
     assert refused.returncode == 4, refused.stdout
     assert "could not end before the deadline" in refused.stderr
+    before = len(read_chain(chain.run))
     resumed = chain.command("resume", "run", "--set", "scheduler.deadline=")
     assert resumed.returncode == 0, resumed.stderr
-    chain.completed()
+    assert chain.started(before + 1)
 
 
 def test_a_dry_run_asks_slurm_when_the_first_job_would_start(
