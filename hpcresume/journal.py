@@ -7,7 +7,8 @@ read.
 
 A record is `{v, t, kind, link, job, …}`; `t` is Unix seconds, durations are seconds from a
 monotonic clock. Kinds: submitted claimed queued restored started stepped saved save_failed
-quarantined stop_asked ended decided changed completed cancelled.
+quarantined stop_asked ended decided changed completed cancelled; of a command also retried (failed,
+started again in its job) and fell_back (its steps begin where they had begun before).
 """
 
 from __future__ import annotations

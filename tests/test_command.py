@@ -30,6 +30,8 @@ from hpcresume.journal import LinkRecords, read_chain
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.environment import RankPlace
 from hpcresume.scheduler.process import pid_alive
+from hpcresume.successors import lead_s
+from hpcresume.training.clock import MARGIN_S
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 #: What a chain of these tests is submitted with: its jobs end when the tests end them.
@@ -143,15 +145,20 @@ def test_a_script_that_counts_is_killed_and_preempted_and_comes_to_its_last_numb
 def test_links_end_before_the_time_limit_of_their_jobs_and_the_command_does_not_notice(
     chain: Chain,
 ) -> None:
-    limits = ("--time=00:00:06", "--set=chain.lead_s=2")
-    chain.submit(*limits, "--", "bash", "count.sh", "80", PAUSE="0.1")
+    limits = ("--time=00:00:10", "--set=chain.lead_s=2")
+    chain.submit(*limits, "--", "bash", "count.sh", "100", PAUSE="0.1")
     assert chain.code == 0, chain.story()
-    assert (chain.folder / "count.txt").read_text() == "80\n"
+    assert (chain.folder / "count.txt").read_text() == "100\n"
     causes = chain.ends()
     assert {*causes[:-1]} == {"deadline"}, chain.story()
-    assert len(causes) >= 3
+    assert len(causes) >= 2
     # Nothing but its output was seen, which decides nothing: its time counts.
     assert all(record["seen"] == "time" for record in chain.records("saved"))
+    said = hpcresume("why", "run", cwd=chain.folder).stdout
+    assert "STEPS" not in said, "seconds are no steps"
+    assert "run is complete at step 100: " in said
+    said = hpcresume("checkpoints", "run", cwd=chain.folder).stdout
+    assert "runs a command, which saves by itself" in said
 
 
 def digits(folder: Path, *launcher: str) -> bytes:
@@ -207,6 +214,30 @@ def test_nothing_of_a_command_outlives_its_parent_or_its_link(chain: Chain) -> N
     pids = [int(pid) for pid in (chain.folder / "pids").read_text().split()]
     assert len(pids) == 6
     chain.wait(lambda: not any(pid_alive(pid) for pid in pids))
+
+
+_PARENT = """
+import os, sys, time
+from pathlib import Path
+from hpcresume.adapters.child import Child
+child = Child(["sleep", "1000"], os.environ, Path.cwd())
+print(child.processes()[0].pid, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_a_command_dies_with_its_parent_before_anybody_else_looks() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", _PARENT], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent.stdout:
+        pid = int(parent.stdout.readline())
+    assert pid_alive(pid)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while pid_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not pid_alive(pid)
 
 
 # ---- how it is told, and what it finds ---------------------------------------------------------
@@ -631,6 +662,15 @@ def test_the_same_exit_code_twice_proves_nothing_and_the_budget_decides() -> Non
     further = past(1, committed_step=9)
     assert decide([further], budgets).kind == "continue"
     assert decide([past(1, committed_step=9, retries=3)], budgets).rule == "max_crashes"
+
+
+def test_how_early_a_command_is_told_is_learned_from_how_long_it_took_to_leave() -> None:
+    config = from_mapping({"command": ["true"], "scheduler": {"time": "02:00:00"}}, "test")
+    short = from_mapping({"command": ["true"], "scheduler": {"time": "00:02:00"}}, "test")
+    assert lead_s(config, []) == 60 + MARGIN_S
+    assert lead_s(short, []) == 30 + MARGIN_S
+    saved = {"v": 1, "t": 0.0, "kind": "saved", "step": 1, "seconds": 12.0}
+    assert lead_s(config, [LinkRecords(1, {}, [saved])]) == 12 + MARGIN_S
 
 
 # ---- the page about it -------------------------------------------------------------------------

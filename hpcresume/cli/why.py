@@ -228,7 +228,8 @@ def _row(lines: Sequence[ChainLine]) -> _Row:
         "LINK": _span(str(first.link), str(last.link)),
         "JOB": _span(first.job, last.job),
         "NODE": first.node if len(nodes) == 1 else f"{len(nodes)} nodes",
-        "STEPS": f"{first.first_step} → {last.committed_step}",
+        # Of a command that shows no steps only its time is known, which stands beside it.
+        "STEPS": "" if first.seen == "time" else f"{first.first_step} → {last.committed_step}",
         "TIME": clock(min(sum(line.seconds for line in lines), 1e12)),
         "ENDED BY": first.cause + times if first.cause != "running" else "(running)",
     }

@@ -13,6 +13,7 @@ from hpcresume.checkpoint.manifest import Manifest
 from hpcresume.display.tables import ago
 from hpcresume.display.terminal import styled, terminal_width, wrapped
 from hpcresume.files import size_words
+from hpcresume.story import read_story
 
 _COLUMNS = ("STEP", "EPOCH", "AGE", "LINK", "METRIC", "SIZE", "NOTE")
 #: What a narrow terminal can do without, the first first.
@@ -79,7 +80,10 @@ def _note(step: int, listing: Listing) -> str:
 
 def _totals(listing: Listing) -> list[str]:
     if not listing.found:
-        return [f"{listing.run.name} has no checkpoint yet."]
+        name = listing.run.name
+        if read_story(listing.run).seen:
+            return [f"{name} runs a command, which saves by itself: see `hpcresume why {name}`."]
+        return [f"{name} has no checkpoint yet."]
     free = f"{size_words(listing.free_bytes)} are free"
     number = len(listing.found)
     held = f"{number} checkpoint{'s hold' if number > 1 else ' holds'} "

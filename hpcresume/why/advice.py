@@ -62,6 +62,9 @@ def _mend(view: View, cause: Cause) -> list[Advice]:
     run = view.story.run
     if cause in (Cause.CANCELLED, Cause.STOPPED):
         return [("go on from what is saved", _resume(view))]
+    if cause is Cause.HANDED_OVER:
+        logs = f"hpcresume logs {view.called}"
+        return [("the command left by itself, and is not done: see what it says", logs)]
     if cause in PLANNED:
         return _mend_time(view)
     if cause in MEMORY:

@@ -27,6 +27,8 @@ class ChainLine:
     cause: str
     """A cause's word, or `running`."""
     detail: str
+    seen: str = ""
+    """Of a command, how its progress is seen; see `Story.seen`."""
 
 
 def chain_lines(view: View) -> list[ChainLine]:
@@ -47,6 +49,7 @@ def chain_lines(view: View) -> list[ChainLine]:
                 seconds=round(ended.seconds if ended else max(0.0, view.now - began), 3),
                 cause=ended.cause.value if ended else "running",
                 detail=ended.detail if ended else "",
+                seen=str(restored.get("seen", "")) if restored else "",
             )
         )
     return lines
