@@ -79,8 +79,8 @@ def _parse(train: TrainFunction, argv: Sequence[str] | None) -> argparse.Namespa
     parser.add_argument(
         "--resume",
         metavar="PATH",
-        help="a run to go on with; with --config, --name or --set, or where it is no run: what a "
-        "new run begins with (a run, a checkpoint, another program's checkpoint)",
+        help="a run to go on with; with --config or --name, or where it is no run: what a new run "
+        "begins with (a run, a checkpoint, another program's checkpoint)",
     )
     parser.add_argument(
         "--trust", action="store_true", help="PATH is your own: its pickles may hold anything"
@@ -164,9 +164,14 @@ def _open_run(
     root = runs_root(options.runs, environ)
     if options.trust and not options.resume:
         raise UsageError("--trust says something of what --resume PATH names: name it.")
-    if options.resume and not (options.set or options.config or options.name):
+    if options.resume and not (options.config or options.name):
         with contextlib.suppress(NotFound):
             run = find_run(options.resume, root)
+            if options.set:
+                raise UsageError(
+                    "--resume takes a run as it is: leave --set out, or give the new run that is "
+                    "to begin with it a name by --name."
+                )
             return run, read_frozen(run.config)
     own = Path("hpcresume.yaml")
     path = Path(options.config) if options.config else own if own.is_file() else None

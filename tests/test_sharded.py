@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from bug_links import (
     CHILDREN,
     Ended,
@@ -31,6 +32,7 @@ from bug_links import (
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -40,7 +42,9 @@ import hpcresume
 from hpcresume import files
 from hpcresume.checkpoint import images, parts, staged, writer
 from hpcresume.checkpoint.contents import Contents
+from hpcresume.checkpoint.foreign import open_foreign
 from hpcresume.checkpoint.manifest import NAME, Committed, FileEntry, Manifest
+from hpcresume.checkpoint.origin import Origin
 from hpcresume.checkpoint.outline import Leaves, Outline
 from hpcresume.checkpoint.sharded import Part, pieces
 from hpcresume.checkpoint.staged import STATE
@@ -658,3 +662,68 @@ def test_what_other_ranks_wrote_is_verified_but_not_kept(
     (saved.path / saved.manifest.files[1].name).write_bytes(data)
     with pytest.raises(CheckpointError, match="model-00002"):
         images.read(saved)
+
+
+# Beginning with what others have saved
+
+
+class LeavesDcp(Sharded):
+    """Saves by torch's own means what it has trained for a step, and nothing by ours."""
+
+    def __call__(self, session: hpcresume.Session) -> None:
+        model, optimizer = built(self._mesh())
+        stepped(model, optimizer)
+        own, moments = get_state_dict(model, optimizer)
+        content = {"model": own, "optimizer": moments, "step": 1, "epoch": 0}
+        dcp.save(content, checkpoint_id=str(session.path / "dcp"))
+        session.register(value=1)
+        for _ in session.steps([torch.zeros(1)]):
+            pass
+
+
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for param in model.parameters():
+        param.grad = param.detach() * 0.5 + 1
+    optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def by_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of torch.distributed.checkpoint that two ranks have written."""
+    run = make_run(tmp_path_factory.mktemp("torch") / "run", max_steps=1)
+    assert hows(ranks(2, Link(run.path, None, LeavesDcp((2,))))) == [["completed"]] * 2
+    return run.path / "dcp"
+
+
+def begun_with(run: RunDir, source: Path) -> RunDir:
+    origin = Origin(asked=str(source), path=str(source))
+    files.write_json(run.origin, origin.to_json())
+    return run
+
+
+def test_the_parts_that_several_ranks_saved_by_torch_are_put_together(by_torch: Path) -> None:
+    assert len([*by_torch.glob("*.distcp")]) == 2
+    model, optimizer = built(None)
+    stepped(model, optimizer)
+    found = {each.name: each.state() for each in open_foreign(by_torch).objects}
+    assert_equal(found["model"], model.state_dict())
+    moments = {name: values["exp_avg"] for name, values in found["optimizer"]["state"].items()}
+    assert_equal(moments, {n: optimizer.state[p]["exp_avg"] for n, p in model.named_parameters()})
+
+
+def test_sharded_ranks_and_one_alone_begin_with_the_same_state(
+    tmp_path: Path, by_torch: Path
+) -> None:
+    two, one = (
+        begun_with(make_run(tmp_path / name, max_steps=3, checkpoint=EACH), by_torch)
+        for name in ("two", "one")
+    )
+    ended = ranks(2, Link(two.path, None, Sharded((2,), trains=False)))
+    assert hows(ended) == [["completed"]] * 2, ended
+    assert link(one, Sharded(trains=False)).how == "completed"
+    assert newest(two).path.joinpath("model-00002-of-00002.safetensors").exists()
+    for name in ("model", "optimizer"):
+        assert_equal(read_parts(newest(two), name), read_parts(newest(one), name))
+    model, optimizer = built(None)
+    stepped(model, optimizer)
+    assert_equal(read_parts(newest(two), "model"), model.state_dict())
