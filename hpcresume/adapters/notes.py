@@ -44,11 +44,11 @@ class Notes:
         """How often the command was started before."""
         before = next((r for other in reversed(links) if (r := other.last("restored"))), None)
         same = before is not None and before.get("seen") == self.seen
-        saves = [record for other in links for record in other.all("saved")]
+        marks = [r["stamp"] for other in links for r in other.records if "stamp" in r]
         self._newest = sight.newest()
         if same:
             self.known = known_step(links)
-            self._stamp = str(saves[-1].get("stamp", "")) if saves else ""
+            self._stamp = str(marks[-1]) if marks else ""
         else:
             # What lies there from before the run is nobody's progress.
             self.known = (self._newest.step or 0) if self._newest else 0
@@ -59,7 +59,7 @@ class Notes:
         self._started_at = time.monotonic()
         self._known_at_start = self.known
         self._told_state: dict[str, Any] = {}
-        self._journal.write("restored", step=self.known, seen=self.seen, segments=[])
+        self._note("restored", step=self.known, stamp=self._stamp, segments=[])
 
     def _logged_before(self) -> tuple[int, int] | None:
         """The first and the last step that the command printed when it ran before."""
@@ -84,7 +84,7 @@ class Notes:
 
     def started(self) -> None:
         """The command is started."""
-        self._journal.write("started", step=self.known, seen=self.seen)
+        self._note("started", step=self.known)
         self.restarts += 1
         self._known_at_start = self.known
         self._started_at = time.monotonic()
@@ -116,11 +116,19 @@ class Notes:
         self.known = step
         where = None if saved is None else os.path.relpath(saved.path, self._root)
         stamp = {} if saved is None else {"stamp": saved.stamp}
-        self._journal.write("saved", step=step, seen=self.seen, path=where, **stamp, **more)
+        self._note("saved", step=step, path=where, **stamp, **more)
+
+    def _note(self, kind: str, **fields: Any) -> None:
+        """Record something. A disk that is full is no reason to end a command: it is kept, and
+        written with the next record."""
+        try:
+            self._journal.write(kind, seen=self.seen, **fields)
+        except OSError as error:
+            log.warning("the journal cannot be written: %s", error)
 
     def told(self, reason: str) -> None:
         """The command is told to leave."""
-        self._journal.write("stop_asked", reason=reason, step=self.known)
+        self._note("stop_asked", reason=reason, step=self.known)
 
     def ended(self, attempt: Attempt) -> bool:
         """An attempt is over; whether anything new came of it."""
@@ -135,7 +143,7 @@ class Notes:
 
     def retried(self, number: int, reason: str, delay_s: float) -> None:
         """It has failed, and is started again in this job."""
-        self._journal.write("retried", attempt=number, reason=reason, delay_s=delay_s)
+        self._note("retried", attempt=number, reason=reason, delay_s=delay_s)
         first, last = self._sight.first_logged, self._sight.last_logged
         if first is not None and last is not None:
             self._logged = (first, last)
@@ -143,10 +151,9 @@ class Notes:
     def settle(self, verdict: Verdict) -> None:
         """Record how the link's ranks ended."""
         if verdict.how == COMPLETED:
-            self._journal.write("completed", step=self.known, judged=verdict.reason)
+            self._note("completed", step=self.known, judged=verdict.reason)
             self._publish(completed=True)
-        with contextlib.suppress(OSError):
-            self._journal.write("ended", how=verdict.how, reason=verdict.reason)
+        self._note("ended", how=verdict.how, reason=verdict.reason)
 
     # ---- a step count that falls back ------------------------------------------------------
 
@@ -158,7 +165,7 @@ class Notes:
         if last is None:
             return
         self._fell_back = True
-        self._journal.write("fell_back", step=first, before=last)
+        self._note("fell_back", step=first, before=last)
         log.warning(
             "the command's steps begin at %d, although it was at %d before: did it load its "
             "checkpoint?",
@@ -181,6 +188,10 @@ class Notes:
         """trainer_state.json, in Hugging Face's words; the progress stands at its end."""
         sight = self._sight
         logged = [sight.first_logged, sight.last_logged]
+        step = sight.last_logged
+        if step is None:
+            # One that had nothing left to do prints no step: the last one that was seen stands.
+            step = self.known if self.seen == STEPS else (self._logged or (0, 0))[1]
         total = self._newest.total if self._newest is not None else None
         state = {
             "log_history": [],
@@ -189,7 +200,7 @@ class Notes:
             "link": self._link.number,
             "max_steps": total,
             "epoch": 0.0,
-            "global_step": sight.last_logged or (self.known if self.seen == STEPS else 0),
+            "global_step": step,
             "total_steps": total,
             "completed": completed,
         }
