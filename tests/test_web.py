@@ -206,6 +206,35 @@ def test_nothing_is_looked_at_while_nobody_watches() -> None:
     assert before == after
 
 
+#: Text and what it stands on.
+PAIRS = [
+    *[("text", ground) for ground in ("page", "card", "band")],
+    *[("dim", ground) for ground in ("page", "card", "band")],
+    *[(tone, f"{tone}-soft") for tone in ("accent", "good", "bad", "wait", "calm")],
+    *[(tone, "card") for tone in ("accent", "good", "bad", "wait", "calm")],
+    ("page", "accent"),
+]
+
+
+@pytest.mark.parametrize("theme", [0, 1, 2], ids=["light", "dark", "dark by the system"])
+def test_all_text_has_a_contrast_of_4_5_to_1(theme: int) -> None:
+    blocks = re.findall(r":root[^{]*{([^}]*)}", load_assets()["page.css"].text)
+    colours = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in blocks]
+    assert len(colours) == 3 and colours[1] == colours[2]
+    for ink, ground in PAIRS:
+        found = sorted(luminance(colours[theme][name]) for name in (ink, ground))
+        assert (found[1] + 0.05) / (found[0] + 0.05) >= 4.5, (ink, ground)
+
+
+def luminance(colour: str) -> float:
+    """As WCAG 2.2 defines it."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
 # ---- where it is served --------------------------------------------------------------------
 
 
