@@ -3,8 +3,8 @@
     python benchmarks/session_overhead.py
 
 A list of batches, a loss that is a tensor, a learning rate that is a number; bare loop and session
-alternate. Prints microseconds a step; with `--ranks 2` what the agreement of two ranks to stop
-adds, in one process for each.
+alternate. Prints microseconds a step, and what one look at the machine costs, which comes every
+10 s; with `--ranks 2` what the agreement of two ranks to stop adds, in one process for each.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import torch
 
 import hpcresume
 from hpcresume.config import from_mapping
-from hpcresume.run_dir import RunDir
+from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.scheduler.environment import RankPlace
 from hpcresume.serving import berth_for, serve
 from hpcresume.signals import SignalFlags
 from hpcresume.training.clock import Clock
+from hpcresume.training.monitor import EVERY_S, Monitor
 
 STEPS = 20_000
 ROUNDS = 9
@@ -87,6 +88,28 @@ def measure(place: RankPlace, folder: Path) -> list[tuple[float, float]]:
     return rounds
 
 
+def look_at_machine(folder: Path) -> None:
+    """Print what one look of the monitor costs, with a model of a hundred layers."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(100)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    monitor = Monitor(LinkDir(folder), torch.device("cpu"), [model, optimizer])
+    took = []
+    for step in range(101):
+        began = time.perf_counter()
+        told = {"train_s": float(step), "waited_s": 0.0, "metrics": {"loss": 0.5}}
+        monitor.look(began, step=step, steps_s=[0.1] * 256, **told)
+        took.append(time.perf_counter() - began)
+    monitor.close()
+    first, later = took[0], statistics.median(took[1:])
+    share = later / EVERY_S
+    print(
+        f"a look at the machine: {later * 1e3:.2f} ms ({first * 1e3:.2f} ms the first), every "
+        f"{EVERY_S:.0f} s: {share:.4%} of the time"
+    )
+
+
 def report(name: str, rounds: list[tuple[float, float]]) -> float:
     """Print the median and the range of a series; the median, in microseconds a step."""
     bare = statistics.median(b for b, _ in rounds) / STEPS * 1e6
@@ -116,6 +139,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         alone = report("1 rank", measure(RankPlace(), Path(name)))
+        look_at_machine(Path(name))
     if options.ranks > 1:
         with socket.socket() as free, tempfile.TemporaryDirectory() as name:
             free.bind(("127.0.0.1", 0))

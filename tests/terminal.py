@@ -70,13 +70,15 @@ class Terminal:
         self._stream.feed(data)
         return True
 
-    def wait_for(self, *patterns: str, timeout: float = 90) -> str:
-        """The screen as soon as it shows all of these."""
+    def wait_for(self, *patterns: str, cursor: bool = False, timeout: float = 90) -> str:
+        """The screen as soon as it shows all of these, and the cursor if that is asked for."""
         deadline = time.monotonic() + timeout
         alive = True
         while True:
             screen = self.screen
             missing = [pattern for pattern in patterns if not re.search(pattern, screen)]
+            if cursor and not self.cursor_is_shown:
+                missing.append("the cursor")
             if not missing:
                 return screen
             assert alive and time.monotonic() < deadline, f"{missing} not in:\n{screen}"
