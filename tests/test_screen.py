@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from hpcresume.display.bars import progress_lines
 from hpcresume.display.screen import screen_lines
-from hpcresume.display.sparkline import Series, chart, condensed, sparkline
-from hpcresume.display.view import Saved, View
+from hpcresume.display.sparkline import chart, condensed, sparkline
+from hpcresume.display.view import Series, View
+from hpcresume.observe.picture import CheckpointShown
 from hpcresume.status import RunStatus
 from hpcresume.training.progress import (
     Progress,
@@ -170,15 +171,6 @@ def test_a_chart_is_one_connected_curve() -> None:
     assert chart([0, 3], 2, 1) == ["⡠⠊"]
 
 
-def test_a_series_keeps_its_extremes_and_shape_in_bounded_memory() -> None:
-    series = Series(most=8)
-    for value in range(1000):
-        series.add(float(value))
-    assert len(series.values) < 8
-    assert series.values == sorted(series.values)
-    assert (series.low, series.high, series.last) == (0.0, 999.0, 999.0)
-
-
 def test_condensing_takes_every_value_into_account() -> None:
     assert condensed([1, 3, 5, 7], 2) == [2, 6]
 
@@ -187,11 +179,11 @@ def test_condensing_takes_every_value_into_account() -> None:
 
 
 def a_view(**status: object) -> View:
-    series = {}
-    for name in ("lr", "loss", "grad_norm", "a_metric_with_a_long_name"):
-        series[name] = Series()
-        for step in range(300):
-            series[name].add(4.0 * math.exp(-step / 80) + 0.1 * math.sin(step))
+    values = [4.0 * math.exp(-step / 80) + 0.1 * math.sin(step) for step in range(300)]
+    series = {
+        name: Series(values, values[-1], min(values), max(values))
+        for name in ("lr", "loss", "grad_norm", "a_metric_with_a_long_name")
+    }
     return View(
         name="quickstart",
         status=RunStatus(
@@ -210,7 +202,19 @@ def a_view(**status: object) -> View:
         progress=NOW,
         series=series,
         checkpoints=tuple(
-            Saved(step=step, time=0.0, num_bytes=10**9, seconds=0.8, best=step == 100)
+            CheckpointShown(
+                step=step,
+                epoch=0,
+                link=1,
+                bytes=10**9,
+                created=0.0,
+                seconds=0.8,
+                verified="as written",
+                best=step == 100,
+                pinned=step == 400,
+                metric=None,
+                kept=(),
+            )
             for step in (500, 400, 300, 200, 100)
         ),
         log=tuple(f"11-30 00:18:33 [train] line {n} {'long ' * 40}" for n in range(100)),
@@ -242,7 +246,8 @@ def test_a_tall_screen_shows_the_best_checkpoint_among_the_newest() -> None:
     assert [f"step {step} ·" in text for step in (500, 400, 300, 200, 100)] == [
         *(True, True, True, False, True)
     ]
-    assert "1.0 GB in 0.8 s · best" in text
+    assert "1.0 GB in 0.8 s · verified · best" in text
+    assert "1.0 GB in 0.8 s · verified · pinned" in text
 
 
 def test_a_screen_shows_the_machine_and_the_newest_log_lines() -> None:

@@ -13,10 +13,11 @@ from typing import Any
 from rich.text import Text
 
 from hpcresume.display.bars import progress_lines, spinner
-from hpcresume.display.sparkline import Series, chart, sparkline
+from hpcresume.display.sparkline import chart, sparkline
 from hpcresume.display.tables import ago
-from hpcresume.display.view import Saved, View
+from hpcresume.display.view import Series, View
 from hpcresume.files import size_words
+from hpcresume.observe.picture import CheckpointShown
 from hpcresume.status import RunStatus
 from hpcresume.training.progress import clock, memory_text, metric_text, number
 
@@ -123,8 +124,8 @@ class _Screen:
             if wide:
                 line.append(f" {_number(name, series.low)} {_number(name, series.high)}", _QUIET)
             room = self._width - line.cell_len - 3
-            values = list(series.values)
-            line.append("  " + sparkline(values, room, plain=self._plain), style="cyan")
+            curve = sparkline(series.values, room, plain=self._plain)
+            line.append("  " + curve, style="cyan")
             lines.append(self._cut(line))
         return lines
 
@@ -134,8 +135,7 @@ class _Screen:
         if not names or self._plain:
             return []
         name = names[0]
-        series: Series = self._view.series[name]
-        values = list(series.values)
+        values = self._view.series[name].values
         if len(values) < 2:
             return []
         room = self._width - 2 * _NAME - 1
@@ -154,7 +154,7 @@ class _Screen:
         progress = self._view.progress
         seen = progress.monitor if progress is not None else {}
         rows = [
-            ("step time", _step_times(seen)),
+            ("step time", _step_times(seen, self._width)),
             ("GPU", self._gpu(seen)),
             ("host memory", self._host(seen)),
             ("state", _state_sizes(seen)),
@@ -208,13 +208,17 @@ class _Screen:
         head = Text(f" CHECKPOINTS  {len(found)} kept", style=_QUIET)
         return [head, *(self._cut(Text(" " + row)) for row in rows)]
 
-    def _checkpoint(self, saved: Saved) -> str:
+    def _checkpoint(self, saved: CheckpointShown) -> str:
+        took = "" if saved.seconds is None else f" in {saved.seconds:.1f} s"
         parts = [
             f"step {saved.step}",
-            f"{ago(max(0.0, time.time() - saved.time))} ago",
-            f"{size_words(saved.num_bytes)} in {saved.seconds:.1f} s",
+            f"{ago(max(0.0, time.time() - saved.created))} ago",
+            f"{size_words(saved.bytes)}{took}",
+            "verified" if saved.verified else "",
+            "best" if saved.best else "",
+            "pinned" if saved.pinned else "",
         ]
-        return self._dot.join([*parts, "best"] if saved.best else parts)
+        return self._dot.join(part for part in parts if part)
 
     def log(self, most: int) -> list[Text]:
         """The newest lines of the log, as many as there is room for."""
@@ -262,10 +266,10 @@ def _number(name: str, value: float) -> str:
     return metric_text(name, float(value)).rjust(_VALUE)
 
 
-def _step_times(seen: Mapping[str, Any]) -> str:
+def _step_times(seen: Mapping[str, Any], width: int) -> str:
     parts = [
         f"{name} {_seconds(value)}"
-        for name in ("p50", "p95", "p99")
+        for name in (("p50", "p95", "p99") if width >= 72 else ("p50", "p99"))
         if (value := number(seen.get(f"step_s_{name}"))) is not None
     ]
     waits = number(seen.get("data_wait"))

@@ -68,36 +68,3 @@ def stretched(values: Sequence[float], count: int) -> list[float]:
         share = place - left
         found.append((1 - share) * values[left] + share * values[left + 1])
     return found
-
-
-class Series:
-    """A curve that grows without end in bounded memory: neighbours become their mean.
-
-    `most` is an even number.
-    """
-
-    def __init__(self, most: int = 2048) -> None:
-        self._most = most
-        self._stride = 1
-        self._waiting: list[float] = []
-        self.values: list[float] = []
-        self.last = self.low = self.high = math.nan
-        """The newest value, and the extremes of all there were."""
-
-    def add(self, value: float) -> None:
-        """The next value; what is no finite number counts only as the newest."""
-        self.last = value
-        if not math.isfinite(value):
-            return
-        self.low = value if math.isnan(self.low) else min(self.low, value)
-        self.high = value if math.isnan(self.high) else max(self.high, value)
-        self._waiting.append(value)
-        if len(self._waiting) < self._stride:
-            return
-        self.values.append(sum(self._waiting) / len(self._waiting))
-        self._waiting = []
-        if len(self.values) >= self._most:
-            # A new list: another thread may be drawing the old one.
-            self._stride *= 2
-            pairs = zip(self.values[::2], self.values[1::2], strict=True)
-            self.values = [(a + b) / 2 for a, b in pairs]

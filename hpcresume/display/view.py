@@ -6,23 +6,22 @@ goes on, and can be left.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from hpcresume import files
-from hpcresume.display.sparkline import Series
 from hpcresume.errors import HpcResumeError
 from hpcresume.history import last_lines
 from hpcresume.observe.jobs import LivingJobs
-from hpcresume.observe.metrics import MetricTail
+from hpcresume.observe.picture import CheckpointShown, Picture, RunView
 from hpcresume.observe.progress import ProgressTail
 from hpcresume.run_dir import RunDir
-from hpcresume.status import RunStatus, read_status
-from hpcresume.story import Story, read_story
-from hpcresume.training.progress import Progress, number
+from hpcresume.status import RunStatus
+from hpcresume.training.progress import Progress
 
 #: The pauses between two looks: at what is published, and at the journals, metrics and jobs.
 _LOOK_S, _READ_S = 0.5, 2.0
@@ -31,16 +30,16 @@ _JOBS_S = 10.0
 _LOG_LINES = 200
 
 
-@dataclass(frozen=True, kw_only=True)
-class Saved:
-    """A checkpoint that is there, as the journal tells of it."""
+@dataclass(frozen=True)
+class Series:
+    """What was logged under one name, over all steps."""
 
-    step: int
-    time: float
-    """Unix seconds."""
-    num_bytes: int
-    seconds: float
-    best: bool
+    values: Sequence[float]
+    """Means of stretches of equal length."""
+    last: float
+    """The newest value; nan where that is no finite number."""
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ class View:
     progress: Progress | None = None
     series: Mapping[str, Series] = field(default_factory=dict)
     """What was logged, by name, in the order that it came in."""
-    checkpoints: tuple[Saved, ...] = ()
+    checkpoints: tuple[CheckpointShown, ...] = ()
     """Those that are there, the newest first."""
     over: bool = False
     """Whether no further link is to be waited for."""
@@ -72,10 +71,8 @@ class Viewer:
         self._run = run
         self._jobs = LivingJobs(os.environ, max_age_s=_JOBS_S)
         self._tail = ProgressTail(run)
-        self._metrics = MetricTail(run)
-        self._series: dict[str, Series] = {}
-        self._story: Story | None = None
-        self._status: RunStatus | None = None
+        self._runs_view: RunView | None = None
+        self._picture: Picture | None = None
         self._read_at = 0.0
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._keep_looking, name="viewer", daemon=True)
@@ -103,44 +100,35 @@ class Viewer:
         except (HpcResumeError, OSError) as error:
             trouble = str(error)
         published = self._tail.look()
-        progress = published if self.look_here is None else self.look_here()
+        picture = self._picture
+        story = None if self._runs_view is None else self._runs_view.story
         self.view = View(
             name=self._run.name,
-            status=self._status,
-            progress=progress,
-            series=dict(self._series),
-            checkpoints=self._checkpoints(),
-            over=self._story is not None and self._story.over,
+            status=None if picture is None else picture.status,
+            progress=published if self.look_here is None else self.look_here(),
+            series={} if picture is None else _series(picture.curves),
+            checkpoints=() if picture is None else tuple(reversed(picture.checkpoints)),
+            over=story is not None and story.over,
             log=tuple(last_lines(self._run.train_log, _LOG_LINES)),
             trouble=trouble,
         )
         return self.view
 
     def _read(self) -> None:
-        jobs, note = self._jobs.of(self._run)
-        self._story = read_story(self._run)
-        self._status = read_status(self._run, jobs, note, story=self._story)
-        for record in self._metrics.look():
-            for name, value in record.items():
-                if name not in ("step", "epoch") and number(value) is not None:
-                    self._series.setdefault(name, Series()).add(value)
+        if self._runs_view is None:
+            self._runs_view = RunView(self._run)
+        self._picture = self._runs_view.look(*self._jobs.of(self._run))
 
-    def _checkpoints(self) -> tuple[Saved, ...]:
-        if self._story is None:
-            return ()
-        state = files.read_json_or_none(self._run.trainer_state)
-        best = state.get("best_model_checkpoint") if isinstance(state, dict) else None
-        there = set(self._run.checkpoint_steps())
-        found: dict[int, Saved] = {}
-        for link in self._story.links:
-            for record in link.all("saved"):
-                step = int(record["step"])
-                if step in there:
-                    found[step] = Saved(
-                        step=step,
-                        time=float(record["t"]),
-                        num_bytes=int(number(record.get("bytes")) or 0),
-                        seconds=float(number(record.get("seconds")) or 0.0),
-                        best=self._run.checkpoint(step).name == best,
-                    )
-        return tuple(found[step] for step in sorted(found, reverse=True))
+
+def _series(curves: Mapping[str, Mapping[str, Any]]) -> dict[str, Series]:
+    found = {}
+    for name, curve in curves.items():
+        means = [value for value in curve["mean"] if value is not None]
+        if not means:
+            continue
+        step, last = curve["latest"]
+        low = [value for value in curve.get("low", means) if value is not None]
+        high = [value for value in curve.get("high", means) if value is not None]
+        is_bad = bool(curve["bad"]) and curve["bad"][-1] > step
+        found[name] = Series(means, math.nan if is_bad else last, min(low), max(high))
+    return found

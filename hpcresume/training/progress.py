@@ -90,9 +90,9 @@ class Progress:
 
 def from_json(value: Any) -> Progress | None:
     """The reverse of `to_json`; None for what is none of ours, and defaults for odd values."""
-    if not isinstance(value, dict) or type(value.get("step")) is not int:
+    if not isinstance(value, dict):
         return None
-    default = Progress(step=0)
+    default = Progress(step=-1)
     found: dict[str, Any] = {}
     for each in fields(Progress):
         given, usual = value.get(each.name), getattr(default, each.name)
@@ -104,7 +104,7 @@ def from_json(value: Any) -> Progress | None:
                 given = int(given)  # type: ignore[arg-type]
         if fits:
             found[each.name] = given
-    return Progress(**found)
+    return Progress(**found) if "step" in found else None
 
 
 _WHOLE = frozenset({"step", "total_steps", "epoch", "epochs", "step_in_epoch", "steps_per_epoch"})
