@@ -141,6 +141,12 @@ def opening(run: RunDir, number: int, rank: int = 0) -> list[str]:
     return lines
 
 
+def claimed_at(run: RunDir, number: int) -> float | None:
+    """When a link began, in unix seconds; None where its claim does not say."""
+    at = _claim(run, number).get("t")
+    return float(at) if isinstance(at, (int, float)) else None
+
+
 def _heading(number: int, claim: dict[str, Any]) -> str:
     """`── link 3 · job 4711 · gpu017 ──`"""
     parts = [f"link {number}"]
