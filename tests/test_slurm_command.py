@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from oracle import hpcresume
 from slurm_cluster import SlurmCluster
+from test_command import LAUNCHERS, digits
 
 from hpcresume.journal import LinkRecords, read_chain
 from hpcresume.run_dir import RunDir
@@ -108,6 +109,25 @@ def test_a_script_that_counts_is_chained_over_three_jobs_one_of_them_killed(chai
     status = chain.command("status", "run").stdout
     assert "complete" in status
     assert "step 150" in status
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_plain_script_ends_with_the_bytes_of_the_uncut_run_on_slurm(
+    chain: Chain, tmp_path: Path, launcher: str
+) -> None:
+    pytest.importorskip("sklearn", reason="the example's data come with scikit-learn")
+    shutil.copy(EXAMPLES / "command.py", chain.folder)
+    uncut = digits(tmp_path, *LAUNCHERS[launcher])
+    command = (*LAUNCHERS[launcher], "command.py", "--epochs=4", "--pause=1")
+    options = ("--time=00:05:00", "--mem=1800", "--set=chain.lead_s=10", "--checkpoints=out.pt")
+    chain.submit(*options, "--", *command)
+    for number, sent in ((1, "KILL"), (2, "TERM")):
+        chain.wait(lambda number=number: f"epoch {number}" in chain.printed(number))
+        chain.cluster.run("scancel", f"--signal={sent}", chain.step(number))
+    chain.finished()
+    assert chain.ends() == ["killed", "deadline", "completed"], chain.story()
+    assert (chain.folder / "out.pt").read_bytes() == uncut
 
 
 _SAVES = """
