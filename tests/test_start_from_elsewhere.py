@@ -155,6 +155,53 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     assert said.endswith("left out: ema, random_states_0.pkl")
 
 
+class Average:
+    """An average that keeps the weights beside its decay, as many write it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.decay = 0.9
+        self.shadow = copy.deepcopy(model.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"decay": self.decay, "shadow": self.shadow}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.decay, self.shadow = state["decay"], state["shadow"]
+
+
+@pytest.mark.parametrize("is_module", [True, False], ids=["module", "class"])
+def test_an_average_beside_its_decay_is_taken_over(tmp_path: Path, is_module: bool) -> None:
+    theirs = trained(averaged(1))
+    weights = theirs["ema"].state_dict()
+    told = {"global_step": 5, "current_epoch": 0}
+    source = save_directory(tmp_path / "checkpoint-epoch-1", trained(built(1)), told)
+    torch.save({"decay": 0.5, "shadow": weights}, source / "ema_model.pt")
+
+    def mine() -> Objects:
+        objects = averaged(2)
+        return objects if is_module else {**objects, "ema": Average(objects["model"])}
+
+    take = Take(mine)
+    takes(tmp_path, source, take)
+    expected = weights if is_module else {"decay": 0.5, "shadow": weights}
+    assert same(take.given["ema"], expected)
+
+
+def test_torchs_own_average_is_taken_over_with_its_count(tmp_path: Path) -> None:
+    def mine(seed: int) -> Objects:
+        objects = built(seed)
+        return {**objects, "ema": torch.optim.swa_utils.AveragedModel(objects["model"])}
+
+    theirs = mine(1)
+    theirs["ema"].update_parameters(trained(built(3))["model"])
+    told = {"global_step": 5, "current_epoch": 0}
+    source = save_directory(tmp_path / "checkpoint-epoch-1", theirs, told)
+    take = Take(lambda: mine(2))
+    takes(tmp_path, source, take)
+    assert same(take.given, states(theirs))
+    assert take.given["ema"]["n_averaged"] == 1
+
+
 # A single file
 
 
@@ -210,6 +257,24 @@ def test_what_was_taken_is_no_part_of_the_file_any_more(tmp_path: Path) -> None:
 
     assert link(run, overwritten).why == "RuntimeError: enough"
     assert same(take.given, states(theirs))
+
+
+def test_what_was_saved_on_a_gpu_is_read_without_one(tmp_path: Path) -> None:
+    theirs = trained(built(1))["model"].state_dict()
+    torch.save(theirs, tmp_path / "cpu.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "cpu.pt") as archive,
+        zipfile.ZipFile(tmp_path / "gpu.pt", "w") as moved,
+    ):
+        for name in archive.namelist():
+            # How a pickle holds the name of a device.
+            here, there = b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0"
+            content = archive.read(name)
+            assert name.endswith("data.pkl") == (here in content)
+            moved.writestr(name, content.replace(here, there))
+    take = Take(built)
+    takes(tmp_path, tmp_path / "gpu.pt", take)
+    assert same(take.given["model"], theirs)
 
 
 def test_a_registered_name_of_its_own_finds_the_state_that_fits(tmp_path: Path) -> None:
@@ -528,12 +593,17 @@ def test_a_file_without_a_model_tells_what_it_holds(tmp_path: Path) -> None:
         open_foreign(tmp_path / "log.pt")
 
 
-def test_a_training_that_registers_nothing_of_it_is_refused(tmp_path: Path) -> None:
+def test_an_optimizer_alone_is_nothing_to_begin_with(tmp_path: Path) -> None:
     source = save_file(tmp_path / "last.pt", {"optimizer": trained(built(1))["optimizer"]})
+    with pytest.raises(CheckpointError, match="holds optimizer, and no state of a model"):
+        open_foreign(source)
+
+
+def test_a_training_that_registers_nothing_of_it_is_refused(tmp_path: Path) -> None:
+    source = save_file(tmp_path / "last.pt", trained(built(1)))
 
     def train(session: hpcresume.Session) -> None:
-        model = Net()
-        session.register(model=model)
+        session.register(config={"width": 8})
         for _ in session.steps([torch.zeros(1)]):
             pass
 
@@ -604,6 +674,15 @@ def test_the_cut_run_is_the_uncut_one_whatever_it_began_with(tmp_path: Path) -> 
     uncut = through(begun(tmp_path / "uncut", source, max_steps=26))
     run = through(begun(tmp_path / "cut", source, max_steps=26), 6, 13, 20)
     assert_same(run, uncut)
+
+
+def test_a_source_that_stands_at_the_end_leaves_its_model(tmp_path: Path) -> None:
+    theirs = trained(built(1))
+    source = save_file(tmp_path / "last.pt", theirs, step=5, epoch=0)
+    run = begun(tmp_path / "run", source, max_steps=5)
+    assert link(run, Take(built)).how == "completed"
+    (found,) = open_foreign(run.final_model).objects
+    assert same(found.state(), theirs["model"].state_dict())
 
 
 def test_a_rate_that_the_code_gives_differently_is_told(

@@ -36,14 +36,22 @@ def open_foreign(path: Path, trust: bool = False) -> Source:
         for opened in _DIRECTORIES:
             source = opened(path, trust)
             if source is not None:
-                return source
+                return _with_model(source)
         raise CheckpointError(
             f"{path} holds no checkpoint that is known here: {what_is_there(path)}. Known are "
             f"{KNOWN}."
         )
     if not path.exists():
         raise NotFound(f"There is no {path}: {what_is_there(path.parent)}.")
-    return single.opened(path, trust)
+    return _with_model(single.opened(path, trust))
+
+
+def _with_model(source: Source) -> Source:
+    """A source that has a model: the state of its optimizer alone is nothing to begin with."""
+    if not any(found.role == "model" for found in source.objects):
+        names = ", ".join(found.name for found in source.objects)
+        raise CheckpointError(f"{source.path} holds {names}, and no state of a model.")
+    return source
 
 
 def look(origin: Origin) -> Told:

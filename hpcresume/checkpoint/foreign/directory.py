@@ -52,8 +52,8 @@ def opened(path: Path, trust: bool) -> Source | None:
 def _content(name: str, content: Any, path: Path) -> Any:
     """The state of one object, also where it is wrapped: {"model_state_dict": …}."""
     objects, _ = sort_out(content)
-    if name in ("model", "optimizer"):
-        if not objects:
-            raise CheckpointError(f"{path} holds no state of a{'n' * (name[0] == 'o')} {name}.")
-        return objects.get(name, next(iter(objects.values())))
-    return next(iter(objects.values())) if len(objects) == 1 else content
+    inner = next((objects[word] for word in (name, "model") if word in objects), None)
+    if name in ("model", "optimizer") and inner is None:
+        held = f"{', '.join(map(str, content))}" if isinstance(content, dict) else type(content)
+        raise CheckpointError(f"{path} holds {held}, and no state of the {name}.")
+    return content if inner is None else inner

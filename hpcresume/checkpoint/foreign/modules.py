@@ -38,13 +38,18 @@ def fitted(name: str, module: torch.nn.Module, state: Any, whence: str) -> Plan:
     Raises CheckpointError that names what is missing, left over, of another shape, or what would
     be rounded.
     """
+    notes: list[str] = []
     if not is_module_state(state):
-        raise CheckpointError(f"{whence} is no state of a module, and '{name}' is one here.")
+        inner = _only_module_in(state)
+        if inner is None:
+            raise CheckpointError(f"{whence} is no state of a module, and '{name}' is one here.")
+        state = state[inner]
+        notes.append(f"it is given '{inner}' of {whence}")
     live, extra = plain_state(module, name), extra_states(module, name)
     given = _plainly(state, whence)
     own = {key: given.pop(key) for key in extra if key in given}
     tensors, prefix = _aligned(given, live)
-    notes = [prefix] if prefix else []
+    notes += [prefix] if prefix else []
     if any(key != plain_name(key) for key in state):
         notes.append("prefixes of wrappers are taken off")
     tensors = _tied(name, module, tensors, live)
@@ -86,6 +91,14 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     a, b = (t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (one, other))
     return torch.equal(a, b)
+
+
+def _only_module_in(state: Any) -> str | None:
+    """The key of the one state of a module in it: an average, beside its decay."""
+    if not isinstance(state, Mapping):
+        return None
+    keys = [key for key, value in state.items() if is_module_state(value)]
+    return keys[0] if len(keys) == 1 else None
 
 
 def _plainly(state: Mapping[str, Any], whence: str) -> dict[str, Any]:
