@@ -27,6 +27,7 @@ class Served:
     token: str
     said: str
     runs: Path
+    process: subprocess.Popen[str]
 
     def ask(
         self, path: str, *, host: str | None = None, method: str = "GET", **more: Any
@@ -73,7 +74,9 @@ class Served:
 def served(runs: Path, *argv: str, state: Path) -> Iterator[Served]:
     environ = {**ENVIRON, "XDG_STATE_HOME": str(state), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "hpcresume", "web", str(runs), *argv]
-    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         assert process.stdout is not None
         try:
             said = ""
@@ -84,7 +87,7 @@ def served(runs: Path, *argv: str, state: Path) -> Iterator[Served]:
             token = TOKEN.search(said)
             port = re.search(r":(\d+)/#", said)
             assert token and port
-            yield Served(int(port[1]), token[1], said, runs)
+            yield Served(int(port[1]), token[1], said, runs, process)
         finally:
             process.terminate()
             process.wait(20)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -259,6 +260,20 @@ def test_a_unix_socket_serves_its_owner_alone_and_is_gone_afterwards(tmp_path: P
         taken = hpcresume_web(tmp_path, "--uds", str(path))
         assert taken.returncode == 2 and "served by another process" in taken.stderr
     assert not path.exists()
+
+
+def test_it_ends_at_once_and_in_silence_while_somebody_watches(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs")
+    with (
+        served(tmp_path / "runs", "--port", str(free_port()), state=tmp_path) as page,
+        page.events() as events,
+    ):
+        assert next(events)[0] == "whole"
+        page.process.send_signal(signal.SIGINT)
+        assert page.process.wait(20) == 0
+        assert list(events) == []
+        assert page.process.stdout is not None
+        assert page.process.stdout.read() == ""
 
 
 def test_a_port_that_is_taken_is_said_in_a_sentence(page: Served, tmp_path: Path) -> None:

@@ -47,12 +47,13 @@ def web(
     root = root_of(folder)
     token, _ = own_token(os.environ)
     listening = listen_on(host, port) if uds is None else listen_at(uds)
+    rooms = Rooms(root, os.environ)
     click.echo(f"runs in {root}")
     for line in lines_to_type(listening, token, os.environ):
         click.echo(line)
     click.echo("Ctrl-C ends it.")
     try:
-        serve(build_app(Rooms(root, os.environ), Gate(token, (host, *hosts))), listening)
+        serve(build_app(rooms, Gate(token, (host, *hosts))), listening, rooms.end)
     finally:
         if uds is not None:
             uds.unlink(missing_ok=True)

@@ -47,6 +47,11 @@ class Rooms:
             self._runs[run_id] = Watched(_Looker(directory, self._jobs))
         return self._runs[run_id]
 
+    def end(self) -> None:
+        """Send everybody home: the server ends."""
+        for room in (self.list, *self._runs.values()):
+            room.end()
+
     def _look_at_all(self) -> dict[str, Any]:
         overview: Overview = self._tail.look()
         self._paths = overview.paths

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import uvicorn
@@ -73,20 +73,32 @@ def listen_at(path: Path) -> socket.socket:
     return found
 
 
-def serve(app: ASGIApp, listening: socket.socket) -> None:
-    """Serve until Ctrl-C or SIGTERM."""
+class _Server(uvicorn.Server):
+    """Ends what never ends by itself, a stream of events, before it waits for all to end."""
+
+    def __init__(self, config: uvicorn.Config, ending: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ending = ending
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer nobody any more."""
+        self._ending()
+        await super().shutdown(sockets)
+
+
+def serve(app: ASGIApp, listening: socket.socket, ending: Callable[[], None]) -> None:
+    """Serve until Ctrl-C or SIGTERM; then call `ending`, in the event loop."""
     config = uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
         lifespan="off",
         server_header=False,
-        # A stream of events never ends by itself.
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=3,
         timeout_keep_alive=60,
         ws="none",
     )
-    server = uvicorn.Server(config)
+    server = _Server(config, ending)
 
     def end(*_: object) -> None:
         server.should_exit = True

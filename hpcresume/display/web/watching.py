@@ -29,6 +29,7 @@ class Watched:
         self._seen: dict[str, Any] | None = None
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._ended = False
 
     @property
     def viewers(self) -> int:
@@ -36,13 +37,16 @@ class Watched:
         return self._viewers
 
     async def views(self, idle_s: float) -> AsyncIterator[dict[str, Any] | None]:
-        """How it stands, and again whenever that changes; None where nothing did for a while."""
+        """How it stands, and again whenever that changes; None where nothing did for a while.
+
+        Until `end` is called.
+        """
         self._viewers += 1
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._keep_looking())
         shown: dict[str, Any] | None = None
         try:
-            while True:
+            while not self._ended:
                 changed = self._changed
                 if self._seen is not None and self._seen is not shown:
                     shown = self._seen
@@ -56,6 +60,11 @@ class Watched:
             self._viewers -= 1
             if not self._viewers:
                 self._task.cancel()
+
+    def end(self) -> None:
+        """Send everybody home."""
+        self._ended = True
+        self._changed.set()
 
     async def _keep_looking(self) -> None:
         while True:
