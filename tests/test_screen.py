@@ -223,7 +223,7 @@ def a_view(**status: object) -> View:
 
 @pytest.mark.parametrize("plain", [False, True], ids=["utf-8", "ascii"])
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
-@pytest.mark.parametrize("height", [10, 20, 24, 40, 60])
+@pytest.mark.parametrize("height", [5, 10, 20, 24, 40, 60])
 def test_a_screen_fills_the_terminal_and_no_more(width: int, height: int, plain: bool) -> None:
     lines = screen_lines(a_view(why="a reason\nof two lines"), width, height, plain=plain)
     assert len(lines) == height
