@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from hpcresume.display.terminal import forgive, let_go_of_stdout
 from hpcresume.errors import HpcResumeError, unavailable
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 #: Command -> module below this package; the function has the command's name.
 _COMMANDS = {
@@ -30,6 +33,7 @@ _COMMANDS = {
     "web": "web",
     "report": "report",
     "doctor": "doctor",
+    "completion": "completion",
     "link": "hidden",
     "rank": "hidden",
     "local-driver": "hidden",
@@ -49,6 +53,13 @@ class _Lazy(click.Group):
         module = importlib.import_module(f"hpcresume.cli.{_COMMANDS[cmd_name]}")
         command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The commands by their names alone: to import them all would be felt at each Tab."""
+        from click.shell_completion import CompletionItem
+
+        names = [CompletionItem(n) for n in self.list_commands(ctx) if n.startswith(incomplete)]
+        return names or click.Command.shell_complete(self, ctx, incomplete)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

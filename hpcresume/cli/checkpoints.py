@@ -15,7 +15,7 @@ from hpcresume import files
 from hpcresume.checkpoint import disk, images, retention
 from hpcresume.checkpoint.listing import Listing, list_checkpoints
 from hpcresume.checkpoint.manifest import Committed
-from hpcresume.cli.options import chosen_run, runs_option
+from hpcresume.cli.options import chosen_run, run_argument, runs_option
 from hpcresume.config import read_frozen
 from hpcresume.display.checkpoints import checkpoints_table, steps_in_words
 from hpcresume.display.reading import Reading, Say, reading
@@ -29,7 +29,7 @@ _ALL = "all"
 
 
 @click.command()
-@click.argument("run", required=False)
+@run_argument
 @click.option(
     "--verify",
     metavar="[STEP]",

@@ -8,12 +8,12 @@ import sys
 
 import click
 
-from hpcresume.cli.options import chosen_run, runs_option
+from hpcresume.cli.options import chosen_run, run_argument, runs_option
 from hpcresume.errors import ChainStopped
 
 
 @click.command()
-@click.argument("run", required=False)
+@run_argument
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @click.option(
     "--save", is_flag=True, help="Let the running link save first, however long it takes."
@@ -42,7 +42,7 @@ def cancel(run: str | None, yes: bool, save: bool, runs: str | None) -> int:
 
 
 @click.command()
-@click.argument("run", required=False)
+@run_argument
 @click.option(
     "--set",
     "sets",
@@ -71,7 +71,7 @@ def resume(
 
 
 @click.command()
-@click.argument("run", required=False)
+@run_argument
 @click.option(
     "--every",
     "every_s",

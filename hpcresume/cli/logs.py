@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from hpcresume import files
-from hpcresume.cli.options import chosen_run, runs_option
+from hpcresume.cli.options import chosen_run, run_argument, runs_option
 from hpcresume.errors import NotFound, UsageError
 from hpcresume.observe.loglines import LogTail, opening
 from hpcresume.observe.sieve import Sieve, parse_since
@@ -24,7 +24,7 @@ _POLL_S = 0.5
 
 
 @click.command()
-@click.argument("run", required=False)
+@run_argument
 @click.option("-f", "--follow", is_flag=True, help="Go on as it grows, into the next jobs.")
 @click.option("-n", "--lines", type=click.IntRange(min=0), help="Only the last lines.")
 @click.option("--since", metavar="TIME", help="Only lines from then on: 10m, 2h, 1d ago, 08:00, …")

@@ -14,9 +14,26 @@ from hpcresume.errors import NotFound, UsageError
 from hpcresume.run_dir import RunDir, all_runs, find_run, runs_root
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from hpcresume.checkpoint.origin import Origin
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def run_argument(command: F) -> F:
+    """[RUN]: a path or a name, which the shell completes."""
+    return click.argument("run", required=False, shell_complete=_run_names)(command)
+
+
+def _run_names(ctx: click.Context, _param: click.Parameter, begun: str) -> list[CompletionItem]:
+    """The runs that may be meant, newest first; below a folder, the folders there."""
+    from click.shell_completion import CompletionItem
+
+    if os.sep in begun:
+        return [CompletionItem(begun, type="dir")]
+    root = runs_root(ctx.params.get("runs"), os.environ)
+    return [CompletionItem(run.name) for run in all_runs(root) if run.name.startswith(begun)]
 
 
 def runs_option(command: F) -> F:

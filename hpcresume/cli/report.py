@@ -9,13 +9,13 @@ from pathlib import Path
 import click
 
 from hpcresume import files
-from hpcresume.cli.options import chosen_run, runs_option
+from hpcresume.cli.options import chosen_run, run_argument, runs_option
 from hpcresume.errors import UsageError
 from hpcresume.observe.jobs import LivingJobs
 
 
 @click.command()
-@click.argument("run", required=False)
+@run_argument
 @click.option("--html", type=click.Path(path_type=Path), help="The page, as one file.")
 @click.option("--md", type=click.Path(path_type=Path), help="Markdown, for a lab notebook.")
 @runs_option

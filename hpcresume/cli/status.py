@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from hpcresume import status as statuses
-from hpcresume.cli.options import no_run, root_of, runs_option
+from hpcresume.cli.options import no_run, root_of, run_argument, runs_option
 from hpcresume.errors import NotFound
 from hpcresume.observe.jobs import LivingJobs
 from hpcresume.run_dir import RunDir, all_runs, find_run
@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 
 
 @click.command()
-@click.argument("run", required=False)
+@run_argument
 @click.option("-a", "--all", "everything", is_flag=True, help="Finished runs too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.option(

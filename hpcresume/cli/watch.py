@@ -6,12 +6,12 @@ import signal
 
 import click
 
-from hpcresume.cli.options import chosen_run, runs_option
+from hpcresume.cli.options import chosen_run, run_argument, runs_option
 from hpcresume.display.terminal import can_redraw
 
 
 @click.command()
-@click.argument("run", required=False)
+@run_argument
 @runs_option
 def watch(run: str | None, runs: str | None) -> int:
     """Watch RUN, by default the newest unfinished one, on the whole terminal.

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from hpcresume.cli.options import chosen_run, root_of, runs_option
+from hpcresume.cli.options import chosen_run, root_of, run_argument, runs_option
 from hpcresume.display.terminal import styled, terminal_width, wrapped
 from hpcresume.errors import HpcResumeError, Unavailable
 from hpcresume.run_dir import RunDir
@@ -32,7 +32,7 @@ _PATIENCE_S = 10.0
 
 
 @click.command()
-@click.argument("run", required=False)
+@run_argument
 @click.option("--record", metavar="ID", help="Only one record, by the name in a log line.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @runs_option
