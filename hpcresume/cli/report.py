@@ -29,14 +29,13 @@ def report(run: str | None, html: Path | None, md: Path | None, runs: str | None
       hpcresume report toy --md toy.md
     """
     from hpcresume.display.notebook import markdown_report
-    from hpcresume.display.web.explained import explained
+    from hpcresume.display.web.explained import ExplainedView
     from hpcresume.display.web.report import html_report
-    from hpcresume.observe.picture import RunView
 
     if html is None and md is None:
         raise UsageError("Say where to: --html FILE, --md FILE, or both.")
     chosen = chosen_run(run, runs)
-    shown = explained(RunView(chosen), *LivingJobs(os.environ).of(chosen))
+    shown = ExplainedView(chosen).look(*LivingJobs(os.environ).of(chosen))
     shown["made"] = round(time.time())
     for path, write in ((html, html_report), (md, markdown_report)):
         if path is not None:

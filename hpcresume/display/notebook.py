@@ -22,7 +22,7 @@ _CHECKPOINTS = ("step", "size", "saved", "verified", "note")
 
 
 def markdown_report(shown: Mapping[str, Any]) -> str:
-    """A run's picture and its explanation (see `display.web.explained`) as Markdown."""
+    """A run's picture and its explanation (`display.web.explained`) as Markdown."""
     status = shown["status"]
     total = status["total_steps"]
     percent = f" ({100 * status['step'] / total:.0f}%)" if total else ""

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hpcresume.display.web.explained import explained
+from hpcresume.display.web.explained import ExplainedView
 from hpcresume.display.web.watching import Watched
 from hpcresume.errors import NotFound
 from hpcresume.observe.jobs import LivingJobs
 from hpcresume.observe.overview import Overview, OverviewTail
-from hpcresume.observe.picture import RunView
 from hpcresume.run_dir import RunDir
 
 #: One squeue for all runs in so many seconds, however many watch.
@@ -78,14 +77,14 @@ class _Looker:
     def __init__(self, run: RunDir, jobs: LivingJobs) -> None:
         self._run = run
         self._jobs = jobs
-        self._view: RunView | None = None
+        self._view: ExplainedView | None = None
 
     def __call__(self) -> dict[str, Any]:
         run_id = self._run.identify()["id"]
-        if self._view is None or self._view.story is None or self._view.story.run_id != run_id:
-            self._view = RunView(self._run)
+        if self._view is None or self._view.run_id != run_id:
+            self._view = ExplainedView(self._run)
         try:
-            return explained(self._view, *self._jobs.of(self._run))
+            return self._view.look(*self._jobs.of(self._run))
         except NotFound:
             self._view = None
             raise
