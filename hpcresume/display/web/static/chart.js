@@ -133,7 +133,7 @@ export class Chart {
       },
       axes: [
         { ...axis, grid: { show: false }, size: 28, space: 64, incrs: [1, 2, 5].flatMap((n) => [0, 1, 2, 3, 4, 5, 6, 7, 8].map((e) => n * 10 ** e)).sort((a, b) => a - b), values: (u, ticks) => ticks.map((v) => (v >= 1e6 ? num(v) : whole(v))) },
-        { ...axis, size: (u, words) => 16 + 6 * Math.max(2, ...(words ?? []).map((word) => word.length)), space: 34, values: (u, ticks) => ticks.map((v) => (v === null ? "" : this.format(v))) },
+        { ...axis, size: (u, words) => 16 + 6 * Math.max(3, ...(words ?? []).map((word) => word.length)), space: 34, values: (u, ticks) => ticks.map((v) => (v === null ? "" : this.format(v))) },
       ],
       cursor: { sync: { key: "steps", scales: ["x", null] }, y: false, points: { size: 7, width: 2 }, drag: { x: true, y: false, setScale: true }, focus: { prox: -1 } },
       hooks: {

@@ -27,7 +27,7 @@ function factsOf(data, now) {
     ["This job has left", live && data.job_ends ? clock(data.job_ends - now) : null],
     ["Training left", left !== null && status.state !== "complete" ? clock(left) : null, "without the queue"],
     ["Last checkpoint", last ? `step ${whole(last.step)}` : null, last ? `${ago(now - last.created)} ago${last.verified ? ", verified" : ""}` : ""],
-    ["Queued behind it", status.queued.length ? `${status.queued.length} job${status.queued.length > 1 ? "s" : ""}` : null, status.queued.slice(0, 3).join(", ")],
+    [live ? "Queued behind it" : "Queued", status.queued.length ? `${status.queued.length} job${status.queued.length > 1 ? "s" : ""}` : null, status.queued.slice(0, 3).join(", ")],
   ].filter(([, value]) => value !== null);
 }
 

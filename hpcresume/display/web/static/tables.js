@@ -16,7 +16,7 @@ function table(columns, rows) {
 const LINKS = [["Link", "n"], ["Ended by", ""], ["Steps", "n"], ["Time", "n"], ["Job", ""], ["Node", ""], ["Began", "t"], ["Why", "long"]];
 
 export function showLinks(node, links, now) {
-  if (!links.length) return fill(node, h("p", { class: "empty" }, "No link has begun yet: the first job waits."));
+  if (!links.length) return fill(node, h("p", { class: "empty" }, "No link has begun yet."));
   const rows = links.toReversed().map((link) => {
     const tone = toneOf(link.cause);
     const lasted = link.ended === null ? now - (link.began ?? now) : link.seconds;
