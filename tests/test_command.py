@@ -357,6 +357,14 @@ def test_without_a_delay_the_next_job_tries_again(chain: Chain) -> None:
     assert chain.ends() == ["user code", "user code", "completed"], chain.story()
 
 
+def test_what_lay_there_before_the_run_is_no_progress_of_any_of_its_links(chain: Chain) -> None:
+    (chain.folder / "out.pt").write_text("of an earlier training")
+    job = script(chain, _FAILS.format(times=1))
+    chain.submit("--checkpoints=out.pt", "--", "bash", job)
+    assert chain.ends() == ["user code", "completed"], chain.story()
+    assert not chain.records("saved")
+
+
 # ---- whether it is done ------------------------------------------------------------------------
 
 
