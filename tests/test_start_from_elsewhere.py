@@ -767,3 +767,12 @@ def test_a_torn_record_of_the_source_is_no_fresh_start(tmp_path: Path) -> None:
     run = begun(tmp_path / "run", tmp_path)
     run.origin.write_text(json.dumps({"asked": "/x"}))
     assert "origin.json is damaged" in link(run).why
+
+
+def test_a_checkpoint_that_stands_at_the_end_leaves_its_model(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "first")
+    assert link(first, ordinary, 9).how == "stopped"
+    run = begun(tmp_path / "run", newest(first).path, max_steps=9)
+    assert link(run).how == "completed"
+    here, there = (found.path / "model.safetensors" for found in (newest(run), newest(first)))
+    assert here.read_bytes() == there.read_bytes()
