@@ -33,6 +33,7 @@ _COMMANDS = {
     "web": "web",
     "report": "report",
     "doctor": "doctor",
+    "init": "init",
     "completion": "completion",
     "link": "hidden",
     "rank": "hidden",
