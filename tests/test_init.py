@@ -117,10 +117,8 @@ def test_what_it_wrote_is_rendered_as_a_job(folder: Path, said: Said) -> None:
     code, out, _ = said("submit", "--dry-run", "--cluster", "slurm")
     assert code == 0
     assert {"#SBATCH --partition=gpu", "#SBATCH --gpus-per-node=8"} <= set(out.splitlines())
-    assert (
-        f"source {shlex.quote(str(folder / chr(39).join(('it', 's here'))) + '/bin/activate')}"
-        in out
-    )
+    activate = folder / "it's here" / "bin" / "activate"
+    assert f"source {shlex.quote(str(activate))}" in out.splitlines()
 
 
 def test_the_batch_script_enters_the_environment_and_starts_a_link(

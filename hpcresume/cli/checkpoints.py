@@ -53,7 +53,14 @@ def checkpoints(
     as_json: bool,
     runs: str | None,
 ) -> int:
-    """List the checkpoints of RUN: what each holds, why it stays, what the run will need."""
+    """List the checkpoints of RUN: what each holds, why it stays, what the run will need.
+
+    \b
+    Examples:
+      hpcresume checkpoints
+      hpcresume checkpoints toy --verify
+      hpcresume checkpoints toy --pin 5000
+    """
     if verify is not None and verify != _ALL and not verify.isdecimal() and run is None:
         # `--verify RUN`: click takes the next word for the option's value.
         run, verify = verify, _ALL

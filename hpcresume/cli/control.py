@@ -24,6 +24,11 @@ def cancel(run: str | None, yes: bool, save: bool, runs: str | None) -> int:
 
     That one has the scheduler's grace to save in (often half a minute), or with --save the time
     that it needs.
+
+    \b
+    Examples:
+      hpcresume cancel toy
+      hpcresume cancel toy --save --yes
     """
     from hpcresume.cancel import cancel as end_chain
     from hpcresume.scheduler.job import JobState
@@ -59,6 +64,11 @@ def resume(
     """Go on with RUN from its newest verified checkpoint.
 
     One that is complete goes on where its end is raised: --set epochs=200, or --set max_steps=N.
+
+    \b
+    Examples:
+      hpcresume resume toy
+      hpcresume resume toy --set lr=0.0001 --time 08:00:00
     """
     from hpcresume import submit as verbs
     from hpcresume.cli.submit import begin
@@ -87,6 +97,11 @@ def drive(run: str | None, every_s: int, runs: str | None) -> int:
 
     For clusters whose compute nodes may not submit (submit with --set chain.mode=drive). It may be
     ended and started again at any time, on any login node; Ctrl-C leaves the run as it is.
+
+    \b
+    Examples:
+      hpcresume drive toy
+      hpcresume drive toy --every 60
     """
     from hpcresume.chain import Cause
     from hpcresume.display.logging import logging_to

@@ -36,10 +36,12 @@ _STYLES = {"good": "good", "warning": "warning", "failure": "bad"}
 
 @click.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
-@click.option("-p", "--partition")
-@click.option("-A", "--account")
-@click.option("-q", "--qos")
-@click.option("--cluster", type=click.Choice(["auto", "slurm", "local", "debug"]))
+@click.option("-p", "--partition", help="Partition, or several with commas.")
+@click.option("-A", "--account", help="Account that is charged.")
+@click.option("-q", "--qos", help="Quality of service.")
+@click.option(
+    "--cluster", type=click.Choice(["auto", "slurm", "local", "debug"]), help="Where jobs run."
+)
 @click.option("--time", "time", metavar="TIME", help="Time limit of each job, as for submit.")
 @click.option(
     "--set", "sets", multiple=True, metavar="a.b=VALUE", help="Set a configuration value."
@@ -73,6 +75,11 @@ def doctor(
 
     CONFIG is a configuration as for submit; by default the same one, or none. Ends with the way in
     which the next job would be queued. Exit code 4 for failures.
+
+    \b
+    Examples:
+      hpcresume doctor
+      hpcresume doctor --partition gpu --probe
     """
     here = Path.cwd()
     path = config or default_path(here)

@@ -32,9 +32,14 @@ _Asker = Callable[[str, str, Sequence[str]], str]
 @click.command()
 @click.option("--name", help="Name of the run [this folder's].")
 @click.option("--train", metavar="FILE:FUNCTION", help="The training function [train.py:train].")
-@click.option("-p", "--partition", help="[the cluster's default]")
-@click.option("-A", "--account", help="[your default one]")
-@click.option("--gpus-per-node", "gpus", type=click.IntRange(min=0), help="[the partition's]")
+@click.option("-p", "--partition", help="Partition of the jobs [the cluster's default].")
+@click.option("-A", "--account", help="Account that is charged [your default one].")
+@click.option(
+    "--gpus-per-node",
+    "gpus",
+    type=click.IntRange(min=0),
+    help="GPUs on each node [the partition's].",
+)
 @click.option("--time", metavar="TIME", help="Time limit of each job [04:00:00 at most].")
 @click.option("--venv", metavar="DIR", help="Virtual environment of the jobs [the active one].")
 @click.option("--conda", metavar="NAME", help="Instead, a conda environment.")

@@ -29,7 +29,9 @@ _POLL_S = 0.5
 @click.option("-n", "--lines", type=click.IntRange(min=0), help="Only the last lines.")
 @click.option("--since", metavar="TIME", help="Only lines from then on: 10m, 2h, 1d ago, 08:00, …")
 @click.option("--link", "number", type=int, help="Only this link.")
-@click.option("--rank", "rank", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--rank", "rank", type=click.IntRange(min=0), default=0, show_default=True, help="Of this rank."
+)
 @click.option("--grep", "pattern", metavar="PATTERN", help="Only lines that a pattern fits.")
 @click.option("--err", "errors", is_flag=True, help="Only warnings, errors and tracebacks.")
 @click.option("--metrics", is_flag=True, help="Instead, what session.log got: a JSON line a step.")

@@ -29,7 +29,9 @@ _COLUMNS = ("LINK", "ENDED BY", "FROM STEP", "CUT AT", "SAVED", "SAVE TOOK", "WE
 
 @click.command(cls=TakesCommand)
 @click.argument("config", required=False, type=click.Path(path_type=Path))
-@click.option("--links", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "--links", type=click.IntRange(min=1), default=3, show_default=True, help="How many links."
+)
 @click.option(
     "--time",
     "limit",
@@ -60,6 +62,11 @@ def rehearse(
 
     CONFIG is a configuration as for submit. A command behind `--` really runs in this folder, and
     writes where it always does.
+
+    \b
+    Examples:
+      hpcresume rehearse
+      hpcresume rehearse --time 60 --checkpoints "out/step-*" -- python main.py
     """
     words = command_of()
     path = config or default_config(words)

@@ -25,6 +25,7 @@ def report(run: str | None, html: Path | None, md: Path | None, runs: str | None
     The page needs no server and no network; a file of that name is replaced.
 
     \b
+    Examples:
       hpcresume report toy --html toy.html
       hpcresume report toy --md toy.md
     """

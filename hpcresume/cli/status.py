@@ -30,7 +30,14 @@ SCHEMA_VERSION = 1
 def status(
     run: str | None, everything: bool, as_json: bool, exit_code: bool, runs: str | None
 ) -> int:
-    """Show unfinished runs and the newest finished one, or RUN."""
+    """Show unfinished runs and the newest finished one, or RUN.
+
+    \b
+    Examples:
+      hpcresume status
+      hpcresume status toy --json
+      hpcresume status toy --exit-code
+    """
     root = root_of(runs)
     chosen = [find_run(run, root)] if run else all_runs(root)
     if not chosen:

@@ -32,15 +32,17 @@ from hpcresume.scheduler.doctor.way import Way
 @click.option("--time-min", metavar="TIME", help="The least that Slurm may lower --time to.")
 @click.option("--deadline", metavar="WHEN", help="When the last job must be over: now+3days, …")
 @click.option("--name", help="Name of the run [the configuration's].")
-@click.option("--cluster", type=click.Choice(["auto", "slurm", "local", "debug"]))
-@click.option("-p", "--partition")
-@click.option("-A", "--account")
-@click.option("-q", "--qos")
-@click.option("-N", "--nodes", type=int)
-@click.option("--tasks-per-node", type=int)
-@click.option("--cpus-per-task", type=int)
-@click.option("--gpus-per-node")
-@click.option("--mem")
+@click.option(
+    "--cluster", type=click.Choice(["auto", "slurm", "local", "debug"]), help="Where jobs run."
+)
+@click.option("-p", "--partition", help="Partition, or several with commas.")
+@click.option("-A", "--account", help="Account that is charged.")
+@click.option("-q", "--qos", help="Quality of service.")
+@click.option("-N", "--nodes", type=int, help="Nodes of each job.")
+@click.option("--tasks-per-node", type=int, help="Ranks on each node.")
+@click.option("--cpus-per-task", type=int, help="CPU cores of each rank.")
+@click.option("--gpus-per-node", help="GPUs on each node: 4, or a100:4.")
+@click.option("--mem", help="Memory on each node: 64G.")
 @click.option(
     "--set", "sets", multiple=True, metavar="a.b=VALUE", help="Set a configuration value."
 )
@@ -60,8 +62,14 @@ from hpcresume.scheduler.doctor.way import Way
 def submit(config: Path | None, config_option: Path | None, runs: str | None, **flags: Any) -> int:
     """Submit a run: CONFIG, else ./hpcresume.yaml, else configs/quickstart.yaml.
 
-    What follows `--` is a command to run instead of a training function: hpcresume submit --time
-    02:00:00 -- python main.py
+    What follows `--` is a command to run instead of a training function.
+
+    \b
+    Examples:
+      hpcresume submit
+      hpcresume submit configs/train.yaml --time 04:00:00 --set args.lr=0.001
+      hpcresume submit --time 02:00:00 -- python main.py
+      hpcresume submit --dry-run
     """
     from hpcresume import submit as verbs
 

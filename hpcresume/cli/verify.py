@@ -27,7 +27,9 @@ _SCRIPT = re.compile(r"(?P<path>.*\.py)(?::(?P<function>\w+))?")
     type=click.IntRange(min=oracle.LEAST_STEPS),
     help="Steps to train [12, or max_steps where that is less].",
 )
-@click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--ranks", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks of each link."
+)
 @click.option(
     "--set", "sets", multiple=True, metavar="a.b=VALUE", help="Set a configuration value."
 )
@@ -49,6 +51,11 @@ def verify(
 
     CONFIG is a configuration as for submit. Of a script train.py (or train.py:func) the function
     is verified with ./hpcresume.yaml, where there is one. Exit code 7 where anything differs.
+
+    \b
+    Examples:
+      hpcresume verify train.py
+      hpcresume verify configs/train.yaml --steps 20 --ranks 2
     """
     config, project = _chosen(target, sets)
     verdict = oracle.verify(

@@ -30,6 +30,7 @@ def web(
     is printed. It needs no network besides the connection to it. Ctrl-C ends it, and no run.
 
     \b
+    Examples:
       hpcresume web                        # then open the address that it prints
       hpcresume web --uds ~/.hpcresume.sock
     """
