@@ -364,6 +364,15 @@ def check_train(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> N
     raise ConfigError(f"train: {config.train} does not import: the process that tried {end}.{last}")
 
 
+def check_takes_origin(config: RunConfig) -> None:
+    """Raise UsageError where a run has nobody who would begin with a state that is named."""
+    if config.command:
+        raise UsageError(
+            "--resume begins a training function with what it names; a command loads its own "
+            "checkpoint: name that among its arguments."
+        )
+
+
 def check_origin(origin: Origin, config: RunConfig, environ: Mapping[str, str]) -> Told:
     """Look into what a run is to begin with, in a child process.
 
@@ -628,6 +637,7 @@ def adopt_batch(
     else:
         origin = None if resume is None else find_origin(resume, root, trust=trust)
         if origin is not None:
+            check_takes_origin(config)
             check_origin(origin, config, environ)
         run = prepare(config, root, project=Path.cwd(), environ=environ, origin=origin)
     if job:

@@ -200,6 +200,15 @@ def test_a_training_script_branches_off_another_run(folder: Path, by_hand: Said)
     assert (code, "was begun from scratch" in err) == (4, True), err
 
 
+def test_a_batch_script_of_a_command_has_nothing_to_begin_with(
+    folder: Path, source: Path, said: Said
+) -> None:
+    (folder / "own.yaml").write_text("name: own\ncommand: [python, main.py]\n")
+    code, _, err = said("link", "--config", "own.yaml", "--resume", source.name)
+    assert (code, "a command loads its own checkpoint" in err) == (2, True), err
+    assert not (folder / "runs").exists()
+
+
 def test_the_batch_script_takes_a_configuration_and_what_to_begin_with(
     folder: Path, source: Path
 ) -> None:

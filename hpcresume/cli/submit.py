@@ -90,11 +90,8 @@ def submit(config: Path | None, config_option: Path | None, runs: str | None, **
     )
     root = root_of(runs)
     origin = chosen_origin(flags["resume"], flags["trust"], root)
-    if origin is not None and settings.command:
-        raise UsageError(
-            "--resume begins a training function with what it names; a command loads its own "
-            "checkpoint: name that among its arguments."
-        )
+    if origin is not None:
+        verbs.check_takes_origin(settings)
     if flags["dry_run"]:
         return _dry(settings, root)
     if origin is not None:
