@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hpcresume import chain, files
+from hpcresume import chain, files, notify
 from hpcresume.chain import Cause, Decision, PastLink
 from hpcresume.config import RunConfig, read_frozen
 from hpcresume.display.logging import debug_to, logging_to
@@ -135,7 +135,9 @@ def supervise(run: RunDir, environ: Mapping[str, str], around: Surroundings = _R
     supervisor = _Supervisor(run, config, environ, around)
     log_lines = logging_to(run.train_log, level=config.log.level)
     with around.listen() as flags, log_lines, contextlib.closing(supervisor):
-        return supervisor.run_link(flags)
+        outcome = supervisor.run_link(flags)
+        notify.tell(run, config.notify, supervisor.verdict, step=outcome.committed_step)
+        return outcome
 
 
 class _Supervisor:
@@ -167,6 +169,8 @@ class _Supervisor:
         self.published_end: float | None = None
         self.compared = False
         self.stop_reason: str | None = None
+        self.verdict: Decision | None = None
+        """What this link has decided."""
 
     def close(self) -> None:
         """Give the journal's file back: this process may go on to something else."""
@@ -569,6 +573,7 @@ class _Supervisor:
     def _decided(self, decision: Decision, history: Sequence[PastLink]) -> None:
         assert self.journal is not None
         self.journal.write("decided", **verdict_of(decision, history))
+        self.verdict = decision
         word = {"continue": "goes on", "stop": "stops", "finished": "is finished"}[decision.kind]
         level = logging.WARNING if decision.kind == "stop" else logging.INFO
         log.log(level, "the chain %s: %s", word, decision.reason)

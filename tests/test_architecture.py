@@ -24,6 +24,7 @@ ROWS: list[list[str]] = [
         "rank",
         "ways",
         "successors",
+        "notify",
         "link",
         "commands",
         "submit",

@@ -20,6 +20,10 @@ _NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 _Line = Annotated[
     str, msgspec.Meta(pattern=r"\A[^\0\r\n]+\Z", description="non-empty text on one line")
 ]
+_Url = Annotated[
+    str,
+    msgspec.Meta(pattern=r"\Ahttps?://[^\s/]+(/\S*)?\Z", description="an http(s) address"),
+]
 _Name = Annotated[
     str,
     msgspec.Meta(
@@ -179,6 +183,18 @@ class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The least severe message that is written."""
 
 
+class NotifyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who is told when the chain ends. Mail is Slurm's own: scheduler.sbatch, `mail-type: END`."""
+
+    url: _Url | None = None
+    """The address (webhook) to which the event is posted as JSON, by the job; null: none."""
+    events: list[Literal["finished", "stopped", "stalled"]] = msgspec.field(
+        default_factory=lambda: ["finished", "stopped", "stalled"]
+    )
+    """Of what: training is complete; the chain stops, and why; it stops because link after link
+    committed no new step (`chain.no_progress_links`)."""
+
+
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One run, as it was asked for; see `load`."""
 
@@ -217,6 +233,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """What each job asks for."""
     log: LogConfig = msgspec.field(default_factory=LogConfig)
     """What is written down."""
+    notify: NotifyConfig = msgspec.field(default_factory=NotifyConfig)
+    """Who is told of the end."""
 
 
 def check_complete(config: RunConfig) -> None:
