@@ -11,12 +11,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from hpcresume import chain
+from hpcresume import chain, notify
 from hpcresume.chain import Cause, Decision, PastLink
 from hpcresume.config import RunConfig, read_frozen
 from hpcresume.errors import Unavailable, UsageError
 from hpcresume.history import budgets_of, end_of, past_links, verdict_of
-from hpcresume.journal import Record
+from hpcresume.journal import Record, known_step
 from hpcresume.link import Surroundings, exiting_link
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.choice import scheduler_of
@@ -204,6 +204,8 @@ class Driver:
                 if past.number in unsaid:
                     journal.write("ended", **end_of(past), of=past.number)
             journal.write("decided", **verdict_of(decision, history))
+        step = known_step(story.links)
+        notify.tell(self._run, self._config.notify, decision, step=step)
         return True
 
 

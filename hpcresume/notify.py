@@ -1,4 +1,5 @@
-"""Tells a webhook that a run is finished or has stopped. Used by the supervisor, at its very end.
+"""Tells a webhook that a run is finished or has stopped. Used by the supervisor, at its very
+end, and by `drive` where it ends a chain itself.
 
 What is decided is recorded by then: an address that is wrong, slow or down costs a few seconds and
 one line of the log, and changes nothing.

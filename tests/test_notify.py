@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import make_run
+from made_run import FakeSlurm, Said, add_link, end_link, make_run
 from oracle import ENVIRON
 
 from hpcresume.chain import Cause, Decision
@@ -144,3 +144,16 @@ def test_a_link_tells_and_ends_as_it_would_whether_somebody_listens_or_not(
     assert [told["event"] for told in hook.told] == (["finished"] if there else [])
     said = (tmp_path / "runs" / "toy" / "train.log").read_text()
     assert said.count("was not told that toy finished") == (0 if there else 1)
+
+
+def test_who_drives_a_chain_from_a_login_node_tells_where_no_link_is_left_to(
+    tmp_path: Path, hook: Hook, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", FakeSlurm(tmp_path / "slurm").path)
+    asked = {"chain": {"mode": "drive", "max_links": 1}, "notify": {"url": hook.url}}
+    run = make_run(tmp_path, cluster="slurm", **asked)
+    end_link(add_link(run), "continue", "deadline", "its time was over")
+    code, _, err = said("drive", str(run.path))
+    assert code == 8, err
+    assert [(told["event"], told["run"]) for told in hook.told] == [("stopped", "toy")]
+    assert "max_links" in hook.told[0]["reason"]
