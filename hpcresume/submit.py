@@ -655,13 +655,13 @@ def adopt_batch(
 def _check_rests(run: RunDir, config: RunConfig, environ: Mapping[str, str]) -> None:
     """Let a further job of a user's script go on with a run, unless that is live or another one.
 
-    What the script asks of Slurm is the script's own matter, and no difference.
+    What the script asks of Slurm, and who is notified, is no difference.
     """
     where = live_jobs(run, environ, me=environ.get("SLURM_JOB_ID"))
     if where:
         raise RunLive(f"{run.name} is live: {where}. `hpcresume status` shows it.")
     changed = difference(read_frozen(run.config), config)
-    changed = [line for line in changed if not line.startswith("scheduler.")]
+    changed = [line for line in changed if not line.startswith(("scheduler.", "notify"))]
     if changed:
         lines = "\n  ".join(changed)
         raise ConfigError(
