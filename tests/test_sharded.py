@@ -519,6 +519,8 @@ def test_ranks_that_share_no_mesh_have_each_its_own_part_again(
     for rank, contents in enumerate(both):
         contents.add("ema", Holder(a=spread(torch.full((4,), float(rank)), mesh)))
 
+    assert all(contents.is_divided() for contents in both)
+
     def write(folder: Path) -> list[FileEntry]:
         others = both[1].stage_share().write(folder)
         return [

@@ -286,7 +286,9 @@ def test_without_the_extra_a_sentence_says_what_to_install(tmp_path: Path) -> No
     broken = tmp_path / "starlette"
     broken.mkdir()
     (broken / "__init__.py").write_text("raise ModuleNotFoundError('no', name='starlette')\n")
-    done = hpcresume_web(tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+    done = hpcresume_web(
+        tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.strip().endswith("pip install 'hpcresume[web]'.")
 
