@@ -153,7 +153,7 @@ def test_work_too_short_to_be_told_is_a_sign_of_life_all_the_same(
     before = wait_told(tmp_path / BEAT, kind=STEP)["n"]
     with heart.during(SAVE):
         pass
-    wait_told(tmp_path / BEAT, kind=STEP, step=1, after=before)
+    assert wait_told(tmp_path / BEAT, kind=STEP, step=1, after=before)["n"] > before
 
 
 def test_a_rank_learns_what_its_own_work_takes(tmp_path: Path) -> None:

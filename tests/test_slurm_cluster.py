@@ -54,12 +54,11 @@ def test_an_ordinary_users_job_runs_as_them_and_sacct_says_so(slurm: SlurmCluste
 def test_an_ordinary_user_sees_their_own_row_in_sacct(slurm: SlurmCluster) -> None:
     job_id = submit(slurm, "--wrap=true", user=slurm.user)
 
-    def seen() -> bool:
-        return (
-            job_id in slurm.run("sacct", "-n", "-X", "-P", "-o", "JobID", user=slurm.user).split()
-        )
+    def seen() -> list[str]:
+        return slurm.run("sacct", "-n", "-X", "-P", "-o", "JobID", user=slurm.user).split()
 
-    wait_until(f"{job_id} in the user's own list", seen, 10)
+    wait_until(f"{job_id} in the user's own list", lambda: job_id in seen(), 10)
+    assert seen().count(job_id) == 1
 
 
 def test_a_successor_starts_when_the_node_of_its_predecessor_fails(slurm: SlurmCluster) -> None:
@@ -76,6 +75,7 @@ def test_a_successor_starts_when_the_node_of_its_predecessor_fails(slurm: SlurmC
 def test_a_signal_to_the_batch_script_is_accepted(slurm: SlurmCluster) -> None:
     job_id = submit(slurm, "--signal=B:USR2@60", "--time=10", "--wrap=true")
     wait_state(slurm, job_id, "COMPLETED")
+    assert slurm.sacct(job_id, "ExitCode")[0]["ExitCode"] == "0:0"
 
 
 def test_both_partitions_have_a_time_limit_of_two_hours(slurm: SlurmCluster) -> None:
@@ -150,6 +150,7 @@ def test_a_job_outlives_the_controller(slurm: SlurmCluster, tmp_path: Path) -> N
     wait_until("the job's end", done.exists, 10)
     slurm.start_controller()
     wait_state(slurm, job_id, "COMPLETED")
+    assert slurm.sacct(job_id, "ExitCode")[0]["ExitCode"] == "0:0"
 
 
 @pytest.mark.usefixtures("slurm")

@@ -195,7 +195,7 @@ def test_a_job_waits_for_the_ones_before_it(slurm: SlurmCluster, run: RunDir) ->
 def test_a_dependency_on_a_forgotten_job_does_not_hinder(slurm: SlurmCluster, run: RunDir) -> None:
     one = scheduler(slurm)
     id = one.submit(spec(slurm, run), after=["999999"])
-    wait_state(one, id, JobState.RUNNING)
+    assert wait_state(one, id, JobState.RUNNING).nodes
 
 
 def test_nodes_to_avoid_do_not_hinder_where_there_are_no_others(
@@ -203,7 +203,7 @@ def test_nodes_to_avoid_do_not_hinder_where_there_are_no_others(
 ) -> None:
     one = scheduler(slurm)
     id = one.submit(spec(slurm, run, exclude_nodes=tuple(slurm.nodes)))
-    wait_state(one, id, JobState.RUNNING)
+    assert wait_state(one, id, JobState.RUNNING).nodes in slurm.nodes
 
 
 def test_a_refusal_has_slurms_own_words(slurm: SlurmCluster, run: RunDir) -> None:
@@ -275,7 +275,7 @@ def test_memory_that_ran_out_is_told(slurm: SlurmCluster) -> None:
         pytest.skip("memory is limited by cgroups")
     one = scheduler(slurm)
     id = batch(slurm, "srun /usr/bin/python3 -c 'bytearray(400_000_000)'", "--mem=60")
-    wait_state(one, id, JobState.OUT_OF_MEMORY)
+    assert wait_state(one, id, JobState.OUT_OF_MEMORY).state.ended
 
 
 def test_a_failed_node_is_told_and_named(slurm: SlurmCluster) -> None:
@@ -348,7 +348,7 @@ def test_a_job_that_forbids_it_is_requeued_all_the_same(slurm: SlurmCluster) -> 
     id = batch(slurm, "sleep 60", "--no-requeue")
     wait_state(one, id, JobState.RUNNING)
     one.update(id, requeue=True)
-    wait_state(one, id, JobState.PENDING)
+    assert wait_state(one, id, JobState.PENDING).id == id
     one.cancel([id])
 
 
