@@ -485,6 +485,16 @@ def test_a_script_that_slurm_does_not_give_is_refused(cluster: Cluster) -> None:
         scheduler(cluster).frozen_script("9")
 
 
+def test_a_limit_that_slurm_has_shortened_is_asked_for_until_the_accounting_knows_the_job(
+    cluster: Cluster,
+) -> None:
+    shortened = "printf 'JobId=9 JobName=x\\n TimeLimit=00:02:00 TimeMin=00:01:00\\n'"
+    cluster.answers("scontrol", "echo '#!/bin/sh'", shortened)
+    cluster.answers("sacct", ":", "echo sbatch --time=00:30:00 --time-min=1 train.sbatch")
+    _, options = scheduler(cluster).frozen_script("9")
+    assert options == ("--time=00:30:00", "--time-min=00:01:00")
+
+
 # ---- changing
 
 
@@ -521,6 +531,7 @@ def test_a_change_that_slurm_refuses_is_a_refusal(cluster: Cluster) -> None:
 def test_requeueing_a_job_that_is_pending_again_is_no_error(cluster: Cluster) -> None:
     cluster.program("scontrol", refuse("Job is pending execution for job 9"))
     scheduler(cluster).update("9", requeue=True)
+    assert [arguments[0] for arguments in cluster.calls("scontrol")] == ["requeue"]
 
 
 def test_requeueing_where_it_is_forbidden_is_a_refusal(cluster: Cluster) -> None:

@@ -21,6 +21,9 @@ _TIMEOUT_S = {"squeue": 10.0, "scontrol": 10.0, "sacct": 15.0, "sbatch": 60.0, "
 _RECORD_AGE_S = 2.0
 #: ...and, when it gave no answer, about none for this long.
 _RECORD_PAUSE_S = 60.0
+#: A job that has just begun is in the accounting after this long at the latest; asked this often.
+_NEW_RECORD_S = 20.0
+_NEW_RECORD_PAUSE_S = 1.0
 
 
 class SlurmClients:
@@ -117,14 +120,24 @@ class SlurmClients:
         return {}
 
     def submit_line(self, id: str) -> str:
-        """The command line that a job was submitted with; empty where nobody keeps it."""
-        with contextlib.suppress(Unavailable):
-            done = self.call(
-                *("sacct", "--noheader", "--parsable2", "--allocations"),
-                *(f"--jobs={id}", "--format=SubmitLine"),
-            )
-            return "" if done.code else done.out.strip()
-        return ""
+        """The command line that a job was submitted with; empty where nobody keeps it.
+
+        The accounting hears of a job some seconds after that has begun: so long it is asked again.
+        """
+        patience_s = _NEW_RECORD_S
+        while True:
+            try:
+                done = self.call(
+                    *("sacct", "--noheader", "--parsable2", "--allocations"),
+                    *(f"--jobs={id}", "--format=SubmitLine"),
+                )
+            except Unavailable:
+                return ""
+            line = done.out.strip()
+            if done.code or line or patience_s <= 0:
+                return "" if done.code else line
+            time.sleep(_NEW_RECORD_PAUSE_S)
+            patience_s -= _NEW_RECORD_PAUSE_S
 
 
 def is_end(record: JobInfo) -> bool:
