@@ -26,9 +26,10 @@ from hpcresume import cli
 from hpcresume.errors import ConfigError, HpcResumeError
 from hpcresume.journal import Journal, read_chain
 from hpcresume.rank import load_train
+from hpcresume.resumption import ready_to_resume
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.driver_file import only_driver
-from hpcresume.submit import freeze_code, ready_to_resume
+from hpcresume.snapshot import freeze_code
 
 sys.path.insert(0, str(TRAINING))
 import tiny

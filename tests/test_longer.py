@@ -24,10 +24,10 @@ from hpcresume.config import RunConfig, read_frozen, to_mapping
 from hpcresume.errors import NotFound, UsageError
 from hpcresume.journal import Journal, read_submissions
 from hpcresume.observe.metrics import MetricTail
+from hpcresume.resumption import OPTIMIZER_OPTIONS, ready_to_resume
 from hpcresume.run_dir import RunDir
 from hpcresume.status import read_status
 from hpcresume.story import read_story
-from hpcresume.submit import OPTIMIZER_OPTIONS, ready_to_resume
 
 #: Ten steps an epoch, and a checkpoint after each 9 steps and each epoch.
 SMALL: dict[str, Any] = {

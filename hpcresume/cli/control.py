@@ -70,13 +70,13 @@ def resume(
       hpcresume resume toy
       hpcresume resume toy --set lr=0.0001 --time 08:00:00
     """
-    from hpcresume import submit as verbs
     from hpcresume.cli.submit import begin
+    from hpcresume.resumption import ready_to_resume
 
     chosen = chosen_run(run, runs)
     if time is not None:
         sets = (*sets, f"scheduler.time={time!r}")
-    config = verbs.ready_to_resume(chosen, sets=sets, environ=os.environ)
+    config = ready_to_resume(chosen, sets=sets, environ=os.environ)
     return begin(chosen, config, detach=detach)
 
 

@@ -39,7 +39,7 @@ def link(
     elif target is not None and is_run(target) and config is None and resume is None:
         run = RunDir(target.absolute())
     else:
-        from hpcresume.submit import adopt_batch
+        from hpcresume.batch import adopt_batch
 
         # A batch script names its own configuration, and its command line may name another.
         path = config or target or default_path(Path.cwd())
