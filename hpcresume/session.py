@@ -11,10 +11,9 @@ import contextlib
 import copy
 import dataclasses
 import logging
-import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,9 +27,11 @@ from hpcresume.checkpoint.contents import Contents
 from hpcresume.checkpoint.foreign.giving import Giver
 from hpcresume.config import RunConfig
 from hpcresume.errors import CheckpointError, HpcResumeError, Unavailable, UsageError
-from hpcresume.training import buckets, changes, hyperparameters, machine, roll_back
+from hpcresume.training import buckets, hyperparameters, machine, roll_back
 from hpcresume.training.account import Account
+from hpcresume.training.args import Args
 from hpcresume.training.berth import Berth
+from hpcresume.training.best import Best
 from hpcresume.training.determinism import mixed_seed, seed_everything
 from hpcresume.training.distributed import Agreement
 from hpcresume.training.emergency import Sentinel
@@ -39,6 +40,7 @@ from hpcresume.training.heartbeat import END, FIRST_STEP, SAVE, STOP
 from hpcresume.training.loader import Feed, ResumableLoader
 from hpcresume.training.monitor import Monitor
 from hpcresume.training.non_finite import Guard
+from hpcresume.training.place import Place
 from hpcresume.training.progress import Progress
 from hpcresume.training.record import MetricLog, trainer_state
 from hpcresume.training.retrying import TRANSIENT, retried
@@ -78,42 +80,6 @@ class _Mark(NamedTuple):
     data: Any
 
 
-class _UnknownArg(UsageError, KeyError):
-    """A KeyError as well, so that `args.get(name, default)` works."""
-
-    __str__ = Exception.__str__
-
-
-class Args(Mapping[str, Any]):
-    """The configuration's `args`: by attribute or by key."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = dict(values)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return self[name]
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._values:
-            raise self._unknown(name)
-        return self._values[name]
-
-    def _unknown(self, name: str) -> UsageError:
-        known = ", ".join(self._values) or "none"
-        return _UnknownArg(
-            f"The training function reads args.{name}, which the configuration does not set "
-            f"(args there: {known})."
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-
 class Session:
     """One rank's part in one link of a run."""
 
@@ -135,27 +101,21 @@ class Session:
         self.device = berth.ranks.device
         self.path: Path = berth.run.path
         self.global_step = 0
-        self.epoch = 0
         self.max_steps: int | None = berth.config.max_steps
         self.sync_gradients = True
 
         self._feed: Feed | None = None
-        self._feed_state: Any = None
         self._accumulate = 1
-        self._position = 0
+        self._place = Place()
         self._last = False
         self._in_body = False
         self._train_seconds = 0.0
-        self._best: dict[str, Any] | None = None
-        self._metric_now: dict[str, Any] | None = None
-        self._best_now = False
+        self._best = Best()
         self._save_asked: str | None = None
         self._given: dict[str, Any] = {}
         self._retry_watch: Watch | None = None
         self._sentinel: Sentinel[_Mark] = Sentinel((), {}, num_ranks=self.world_size)
         self._took_s = 0.0
-        self._skipped: list[Any] = []
-        self._skip_through: tuple[int, int] | None = None
         self._back = roll_back.told(berth)
         if self._back is not None:
             number = berth.link.number
@@ -169,6 +129,11 @@ class Session:
         self._step_began = self._asked_at = time.monotonic()
 
     # ---- what a training function calls -------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the step in progress, counted from 0."""
+        return self._place.epoch
 
     def register(self, *, keep: Collection[str] = (), **objects: Any) -> None:
         """Have objects saved and, where the run has a checkpoint, restored: here and now.
@@ -247,22 +212,22 @@ class Session:
         """
         feed = self._begin(loader, accumulate)
         self._stop_at_once_if_asked()
-        account = self._account
+        account, place = self._account, self._place
         try:
             while not self._finished():
                 self._say_epoch()
                 came = False
-                for batch, last in feed.batches(self.epoch, self._position, self._feed_state):
+                for batch, last in feed.batches(place.epoch, place.position, place.feed_state):
                     account.waited_s += time.monotonic() - self._asked_at
                     if not came:
                         self._start_up.reached("batch")
                     came = True
-                    self._position += 1
-                    if self._skip_through is not None and self._is_left_out(last):
+                    place.position += 1
+                    if place.is_left_out(last):
                         self._asked_at = time.monotonic()
                         continue
                     self._last = last
-                    self.sync_gradients = last or self._position % accumulate == 0
+                    self.sync_gradients = last or place.position % accumulate == 0
                     self._in_body = True
                     yield batch
                     self._in_body = False
@@ -276,7 +241,7 @@ class Session:
                         self._asked_at = time.monotonic()
                 if not came:
                     raise UsageError(f"The data give no batch in epoch {self.epoch + 1}.")
-                self._feed_state = None
+                place.feed_state = None
         finally:
             # What comes after the loop is no step any more, also after a `break`.
             self._beat.enter(END)
@@ -299,20 +264,11 @@ class Session:
             raise UsageError('session.best takes one metric and mode="min" or "max".')
         ((name, value),) = metric.items()
         value = self._ranks.broadcast(float(value))
-        self._metric_now = {"name": name, "value": value, "mode": mode}
-        if not math.isfinite(value):
-            return False
-        before = self._best
-        if before is not None and before["name"] == name:
-            better = value < before["value"] if mode == "min" else value > before["value"]
-            if not better:
-                return False
-        self._best = {**self._metric_now, "step": self.global_step + 1}
-        self._best_now = True
-        if self._rank0:
-            known = before if before is not None and before["name"] == name else {}
-            self._account.best(name, value, known.get("value"))
-        return True
+        before = self._best.value_of(name)
+        is_best = self._best.report(name, value, mode, self.global_step + 1)
+        if is_best and self._rank0:
+            self._account.best(name, value, before)
+        return is_best
 
     def retry(
         self,
@@ -377,17 +333,15 @@ class Session:
         if self._saver.state is not None:
             progress = self._saver.progress
             self.global_step = progress["global_step"]
-            self.epoch = progress["epoch"]
-            self._position = progress["position"]
+            self._place.take_over(progress)
             self._train_seconds = progress["train_seconds"]
-            self._best = progress["best"]
+            self._best.so_far = progress["best"]
             self._metrics.history = progress["history"]
-            self._skipped = progress.get("skipped", [])
             self._leave_out(self._back)
             machines = progress.get("machines", [])
         elif self._giver is not None:
             source = self._giver.source
-            self.global_step, self.epoch = source.global_step, source.epoch
+            self.global_step, self._place.epoch = source.global_step, source.epoch
             for words in source.notes:
                 self._say_changed(f"{source.path}: {words}")
         was = machines[self.rank] if self.rank < len(machines) else None
@@ -404,14 +358,7 @@ class Session:
         if back is None or committed is None or committed.manifest.link > back.link:
             self._back = None
             return
-        self._skip_through = back.epoch, back.position
-        begin, end = [self.epoch, self._position], [back.epoch, back.position]
-        self._skipped = [*self._skipped, {"after": begin, "through": end, "step": back.bad_step}]
-        self._say_changed(
-            f"{back.metric} was not finite in step {back.bad_step}: the run goes back to step "
-            f"{self.global_step}, and leaves out the batches after {_place(begin)} up to "
-            f"{_place(end)}; its result is not that of an uncut run"
-        )
+        self._say_changed(self._place.leave_out(back, self.global_step))
 
     def _settled(
         self, name: str, value: Any, code: dict[str, Any], keep: Collection[str]
@@ -530,35 +477,14 @@ class Session:
 
     def _find_place(self) -> None:
         """Go on in the data where the checkpoint was, as far as they are the same."""
-        progress = self._saver.progress
-        verdict = self._reconciled(self.epoch, self._position)
-        if verdict.refused is not None:
-            raise CheckpointError(
-                f"checkpoint-{self.global_step} cannot be continued: {verdict.refused}."
-            )
-        for words in verdict.said:
-            self._say_changed(words)
-        if self._skip_through is not None:
-            through = self._reconciled(*self._skip_through)
-            # Of other data, nobody knows which are bad.
-            known = not verdict.new_data
-            self._skip_through = (through.epoch, through.position) if known else None
-        self.epoch, self._position = verdict.epoch, verdict.position
-        states = progress.get("data", [])
-        if states and not verdict.new_data:
-            # Where the number of ranks may change, all of them are in the same place.
-            self._feed_state = states[self.rank if self.rank < len(states) else 0]
-
-    def _reconciled(self, epoch: int, position: int) -> changes.Verdict:
-        """What a place in the data as they were is now."""
-        progress = self._saver.progress
-        return changes.reconcile(
-            {**progress["loader"], "world_size": progress["world_size"]},
+        said = self._place.go_on(
+            self._saver.progress,
             {**self._loader_now(), "world_size": self.world_size},
-            epoch=epoch,
-            position=position,
+            rank=self.rank,
             accept=self._config.accept,
         )
+        for words in said:
+            self._say_changed(words)
 
     def _set_end(self) -> None:
         """How many steps there are; a schedule that was laid out for another number is named."""
@@ -566,10 +492,8 @@ class Session:
         micro, epochs = self._feed.num_batches(), self._config.epochs
         by_epochs = None
         if micro is not None and epochs is not None:
-            # Counted from here: the epochs before may have had other data.
-            epoch, position = self._skip_through or (self.epoch, self._position)
-            left = max(0, epochs - epoch) * -(-micro // self._accumulate)
-            by_epochs = self.global_step + left - -(-position // self._accumulate)
+            left = self._place.steps_left(micro, self._accumulate, epochs)
+            by_epochs = self.global_step + left
         limits = [limit for limit in (self._config.max_steps, by_epochs) if limit is not None]
         self.max_steps = min(limits) if limits else None
         was = None if self._saver.state is None else self._saver.progress["max_steps"]
@@ -603,17 +527,6 @@ class Session:
         log.warning("%s", words)
         self._saver.note("changed", step=self.global_step, change=words)
 
-    def _is_left_out(self, last: bool) -> bool:
-        """Whether the batch just read is one that a roll-back leaves out: passed over, then."""
-        assert self._skip_through is not None
-        if (self.epoch, self._position) > self._skip_through:
-            self._skip_through = None
-            return False
-        if last:
-            self.epoch += 1
-            self._position = 0
-        return True
-
     # ---- step boundaries ----------------------------------------------------------------
 
     def _finished(self) -> bool:
@@ -633,10 +546,9 @@ class Session:
         self._beat.step(self.global_step)
         if not self._start_up.over:
             self._first_step_done()
-        self._metrics.end_step(self.global_step, self.epoch, self._position)
+        self._metrics.end_step(self.global_step, self.epoch, self._place.position)
         if self._last:
-            self.epoch += 1
-            self._position = 0
+            self._place.end_epoch()
         finished = self._finished()
         if finished:
             self._beat.enter(END)
@@ -652,7 +564,7 @@ class Session:
         if self.global_step == self._berth.stop_at:
             self._stop(f"it was to stop at step {self.global_step}")
         due = self._cadence.by_count(self.global_step, epoch_ended=self._last)
-        if due is None and self._best_now:
+        if due is None and self._best.is_new:
             due = "best"
         asked = None
         if not self._saver.settle():
@@ -671,8 +583,7 @@ class Session:
             with self._beat.during(SAVE):
                 self._save(due or asked or "asked")
             self._step_began = time.monotonic()
-        self._metric_now = None
-        self._best_now = False
+        self._best.end_step()
         if self._rank0:
             said = self.global_step >= self._account.line_due
             if said or now - self._published_at >= _PUBLISH_S:
@@ -767,7 +678,7 @@ class Session:
             progress,
             [part["rng"] for part in parts],
             lambda: self._trainer_state(False),
-            metric=self._metric_now,
+            metric=self._best.now,
             record={
                 "reason": reason,
                 "step_s": round(self._took_s, 4),
@@ -780,7 +691,7 @@ class Session:
         assert self._feed is not None
         # Some feeds go on in the very object that they gave.
         data = copy.deepcopy(self._feed.state())
-        return _Mark(self.epoch, self._position, self._best, data)
+        return _Mark(self.epoch, self._place.position, self._best.so_far, data)
 
     def _save_in_emergency(self) -> None:
         """Commit the last step boundary, where a failed step has left it as it was; else say why.
@@ -795,8 +706,8 @@ class Session:
             self._say_unsaved(refusal)
             return
         mark = self._sentinel.go_back()
-        self.epoch, self._position, self._best = mark.epoch, mark.position, mark.best
-        self._metric_now = None
+        self._place.epoch, self._place.position = mark.epoch, mark.position
+        self._best.so_far, self._best.now = mark.best, None
         with self._beat.during(SAVE):
             self._save("emergency", mark)
             self._saver.wait()
@@ -813,25 +724,26 @@ class Session:
         return {
             "global_step": self.global_step,
             "epoch": self.epoch,
-            "position": self._position,
+            "position": self._place.position,
             "world_size": self.world_size,
             "max_steps": self.max_steps,
             "train_seconds": self._train_seconds,
-            "best": self._best,
+            "best": self._best.so_far,
             "loader": self._loader_now(),
             "given": self._given,
-            "skipped": self._skipped,
+            "skipped": self._place.left_out,
         }
 
     def _trainer_state(self, completed: bool) -> dict[str, Any]:
         micro = None if self._feed is None else self._feed.num_batches()
+        best = self._best.so_far
         return trainer_state(
             global_step=self.global_step,
             total_steps=self.max_steps,
-            epoch=self.epoch + (self._position / micro if micro else 0.0),
+            epoch=self.epoch + (self._place.position / micro if micro else 0.0),
             num_train_epochs=self._config.epochs,
-            best_metric=None if self._best is None else self._best["value"],
-            best_step=None if self._best is None else self._best["step"],
+            best_metric=None if best is None else best["value"],
+            best_step=None if best is None else best["step"],
             history=self._metrics.history,
             completed=completed,
             train_seconds=self._train_seconds,
@@ -909,7 +821,7 @@ class Session:
 
     def _say_epoch(self) -> None:
         if self._rank0:
-            continued = self._position > 0
+            continued = self._place.position > 0
             self._account.epoch_begins(self.epoch, self._now(), continued=continued)
 
     def _say_boundary(self, finished: bool) -> None:
@@ -929,15 +841,10 @@ class Session:
             step=self.global_step,
             total_steps=self.max_steps,
             epoch=self.epoch,
-            position=self._position - self._in_body,
+            position=self._place.position - self._in_body,
             train_s=self._train_seconds + step_s,
         )
 
 
 def _is_scaler(value: Any) -> bool:
     return isinstance(value, torch.amp.GradScaler) and value.is_enabled()
-
-
-def _place(place: list[int]) -> str:
-    epoch, position = place
-    return f"batch {position} of epoch {epoch + 1}"
