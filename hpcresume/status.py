@@ -28,6 +28,7 @@ from hpcresume.checkpoint.store import Store
 from hpcresume.journal import Record, known_step, lineage
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.job import JobInfo, JobState
+from hpcresume.scheduler.waiting import waiting_words
 from hpcresume.story import Story, alive_elsewhere, has_no_driver, read_story, waits_in_vain
 
 
@@ -56,6 +57,9 @@ class RunStatus:
     ran_s: float | None = None
     """How long a command has run of which nothing else is seen, as far as that was recorded."""
     why: str = ""
+    """Why it stands so, in words."""
+    reason: str = ""
+    """Why its next job waits, in the scheduler's word."""
     queued: list[str] = field(default_factory=list)
     calendar: Calendar | None = None
     """When it will be complete; None where nothing has been measured, or nothing is left to do."""
@@ -155,6 +159,7 @@ def read_status(
         seen=seen,
         ran_s=float(known_step(story.links)) if seen == "time" else None,
         why=" · ".join(part for part in (why, _unsaved(story), fell_back(story), note) if part),
+        reason=pending[0].reason if pending and running is None else "",
         queued=[job.id for job in pending],
         calendar=_calendar(story, promise, state, total - step, running) if total else None,
         deadline=promise.deadline,
@@ -247,7 +252,7 @@ def _state(
     if pending and all(map(waits_in_vain, pending)):
         return "stalled", f"its jobs wait and nobody starts them: hpcresume resume {story.run.name}"
     if pending:
-        return "waiting", pending[0].reason
+        return "waiting", waiting_words(pending[0].reason)
     if not known:
         return "waiting", ""
     if not story.links and not story.submissions:

@@ -312,8 +312,8 @@ def test_reason_of_slurm_is_told_in_words(
     slurm.program("squeue", f"echo '7|PENDING|QOSMaxJobsPerUserLimit||N/A|N/A|{token}1'")
     document = told(said, "toy")
     assert document["sentence"] == (
-        "toy waits at step 0: job 7 is queued (QOSMaxJobsPerUserLimit: you already run the most "
-        "jobs that this QOS allows)."
+        "toy waits at step 0: job 7 is queued because you run as many jobs as this QOS allows; "
+        "it starts when one ends (QOSMaxJobsPerUserLimit)."
     )
     assert document["next"][0]["command"] == "squeue --start -j 7"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hpcresume.chain import PLANNED, spent
 from hpcresume.config import local_moment
 from hpcresume.scheduler.job import JobInfo
+from hpcresume.scheduler.waiting import waiting_words
 from hpcresume.training.progress import clock
 from hpcresume.why.view import BUDGETS, View, node_of, told
 
@@ -77,8 +78,10 @@ def _waiting(view: View, at: str) -> str:
     if not view.status.job:
         unknown = f"stands {at}, and whether a job of it waits or runs is not known"
         return f"{unknown}: {view.status.why}" if view.status.why else unknown
-    reason = _pending_words(view.status.why)
-    return f"waits {at}: job {view.status.job} is queued{f' ({reason})' if reason else ''}"
+    reason = view.status.reason
+    words = waiting_words(reason)
+    because = f" because {words}" if words != reason else f" ({reason})" if reason else ""
+    return f"waits {at}: job {view.status.job} is queued{because}"
 
 
 def _stalled(view: View) -> str:
@@ -109,31 +112,3 @@ def _lost(view: View) -> str:
 def _end_words(job: JobInfo) -> str:
     word = job.raw_state or job.state.value
     return f"{word}, exit code {job.exit_code}" if job.exit_code else word
-
-
-#: Slurm's reasons for which a job waits, in words.
-_REASONS = {
-    "Resources": "the nodes it needs are busy",
-    "Priority": "other jobs are before it",
-    "Dependency": "it starts when the job before it has ended",
-    "BeginTime": "its start was put off",
-    "JobHeldUser": "its user holds it back",
-    "JobHeldAdmin": "an administrator holds it back",
-    "QOSMaxJobsPerUserLimit": "you already run the most jobs that this QOS allows",
-    "QOSGrpNodeLimit": "the QOS has no more nodes to give now",
-    "AssocMaxJobsLimit": "your account already runs the most jobs that it may",
-    "AssocGrpCPUMinutesLimit": "your account has used up its hours",
-    "AssocGrpBillingMinutes": "your account has used up its hours",
-    "PartitionTimeLimit": "it asks for more time than the partition allows: it will never start",
-    "PartitionNodeLimit": "it asks for more nodes than the partition has: it will never start",
-    "PartitionDown": "the partition is down",
-    "ReqNodeNotAvail": "nodes it needs are down, or reserved for maintenance",
-    "Reservation": "its reservation has not begun",
-    "Licenses": "a licence it needs is taken",
-}
-
-
-def _pending_words(reason: str) -> str:
-    """`Resources: the nodes it needs are busy`; as Slurm says it where no words are known."""
-    word = reason.partition(",")[0].partition(" ")[0]
-    return f"{reason}: {_REASONS[word]}" if word in _REASONS else reason
