@@ -15,6 +15,8 @@ links/0007/              the claim of link 7, its journals, metrics and logs
 jobs/                    batch scripts, job output; the local driver's queue
 cache/                   what torch.compile and Triton have compiled; may be removed at any time
 final_model/             after completion
+trackers/wandb.json      the id of the tracker run that all links share, the step that it was told
+tensorboard/             event files
 train.log                the log of all links, for tail -F
 STOP, CANCEL             requests, made by creating the file
 """
@@ -105,6 +107,10 @@ class LinkDir:
     def beat(self, rank: int) -> Path:
         """A rank's newest sign of life."""
         return self.path / f"rank-{rank}.beat"
+
+    def tracker_log(self, name: str) -> Path:
+        """What the process prints that tells a tracker."""
+        return self.path / f"tracker-{name}.log"
 
     def rank_end(self, rank: int) -> Path:
         """How the command of a rank ended, for rank 0, which judges for all."""
@@ -214,6 +220,20 @@ class RunDir:
     def final_model(self) -> Path:
         """The finished model."""
         return self.path / "final_model"
+
+    @property
+    def trackers(self) -> Path:
+        """What is known of trackers, and what they leave where they are offline."""
+        return self.path / "trackers"
+
+    def tracker(self, name: str) -> Path:
+        """The tracker run that all links share, and how far it was told."""
+        return self.trackers / f"{name}.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The event files of all links."""
+        return self.path / "tensorboard"
 
     @property
     def train_log(self) -> Path:

@@ -27,6 +27,7 @@ from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.scheduler.environment import RankPlace
 from hpcresume.session import LinkEnds, Session
 from hpcresume.signals import SignalFlags
+from hpcresume.trackers.beside import PATIENCE_S, Beside
 from hpcresume.training.berth import Berth, Show
 from hpcresume.training.clock import Clock
 from hpcresume.training.determinism import make_deterministic, seed_everything
@@ -38,6 +39,8 @@ from hpcresume.training.start_up import StartUp
 log = logging.getLogger("hpcresume.rank")
 
 TrainFunction = Callable[[Session], None]
+#: How long a rank that has failed waits for trackers.
+_FAILED_S = 2.0
 _OWN_CODE = f"{Path(__file__).parent}{os.sep}"
 
 
@@ -53,6 +56,24 @@ def serve(
     ranks = Ranks(place)
     seed_everything(config.seed + place.rank)
     berth = berth_of(ranks)
+    told = config.log.trackers if place.rank == 0 else []
+    trackers = Beside(berth.run, berth.link, told)
+    how, why, code = _trained(berth, train)
+    if told:
+        trackers.end(_patience_s(how, berth.clock))
+    return how, why, code
+
+
+def _patience_s(how: str, clock: Clock) -> float:
+    """How long trackers may hold up the end of a rank, in seconds."""
+    if how == "failed":
+        # The peers may hang in a collective until this rank has left.
+        return _FAILED_S
+    left_s = clock.remaining_s()
+    return PATIENCE_S if left_s is None else max(0.0, min(PATIENCE_S, left_s / 2))
+
+
+def _trained(berth: Berth, train: TrainFunction) -> tuple[str, str, int]:
     session: Session | None = None
     try:
         session = Session(berth)

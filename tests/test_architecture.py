@@ -17,7 +17,7 @@ ROWS: list[list[str]] = [
     ["errors", "files", "signals", "config", "run_dir", "journal"],
     ["checkpoint", "scheduler", "data"],
     ["training", "chain", "session"],
-    ["story", "history", "status", "observe", "display", "why"],
+    ["story", "history", "status", "observe", "display", "why", "trackers"],
     [
         "serving",
         "foreground",
@@ -50,6 +50,10 @@ HOMES = {
     "subprocess": "scheduler/process.py",
     "starlette": "display/web",
     "uvicorn": "display/web",
+    "tensorboardX": "trackers/tensorboard.py",
+    "wandb": "trackers/wandb.py",
+    "mlflow": "trackers/mlflow.py",
+    "trackio": "trackers/trackio.py",
 }
 PLACE = {name: (row, at) for row, names in enumerate(ROWS) for at, name in enumerate(names)}
 

@@ -349,7 +349,7 @@ def test_all_findings_of_a_document_come_together(errors: Callable[..., list[str
         ("time: 5", "unknown key 'time'; 'time' belongs under 'scheduler'."),
         ("chain: {seed: 5}", "unknown key 'chain.seed'; 'seed' belongs at the top level."),
         ("image: x", "unknown key 'image'; 'image' belongs under 'scheduler.container'."),
-        ("log: {qqq: 1}", "unknown key 'log.qqq'; expected one of every_steps, level."),
+        ("log: {qqq: 1}", "unknown key 'log.qqq'; expected one of every_steps, level, trackers."),
         ("seed: -1", "seed is -1; expected a whole number from 0 to 4294967295."),
         ("seed: true", "seed is true; expected a whole number from 0 to 4294967295."),
         ("seed: 1.5", "seed is 1.5; expected a whole number from 0 to 4294967295."),

@@ -38,10 +38,11 @@ _COMMANDS = {
     "link": "hidden",
     "rank": "hidden",
     "local-driver": "hidden",
+    "tracker": "hidden",
     "origin": "hidden",
     "verify-link": "verify",
 }
-_HIDDEN = frozenset({"link", "origin", "rank", "local-driver", "verify-link"})
+_HIDDEN = frozenset({"link", "origin", "rank", "local-driver", "tracker", "verify-link"})
 
 
 class _Lazy(click.Group):

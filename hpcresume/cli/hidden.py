@@ -74,7 +74,12 @@ def rank(run: Path, number: int | None, check: bool) -> int:
     from hpcresume import rank as ranks
 
     if check:
-        entry = read_frozen(chosen.config).train
+        from hpcresume.trackers.choice import check_installed
+
+        config = read_frozen(chosen.config)
+        entry = config.train
+        if config.scheduler.container is None:
+            check_installed(config.log.trackers)
         ranks.load_train(entry, ranks.code_roots(chosen))
         # Code that ends the process while it is imported does not come to this.
         click.echo(entry)
@@ -113,4 +118,16 @@ def local_driver(run: Path) -> int:
         grace_s = read_frozen(chosen.config).scheduler.grace_s
         drive(chosen, grace_s, interrupted=lambda: flags.stop_asked() is not None)
     sys.stdout.flush()
+    return 0
+
+
+@click.command(hidden=True)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--link", "number", type=int, required=True)
+@click.option("--name", required=True)
+def tracker(run: Path, number: int, name: str) -> int:
+    """Tell one tracker what a link's training logs, until the link has ended."""
+    from hpcresume.trackers.follow import follow
+
+    follow(RunDir(run.absolute()), number, name)
     return 0

@@ -181,6 +181,11 @@ class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """A line of progress every so many steps."""
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """The least severe message that is written."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = msgspec.field(
+        default_factory=list
+    )
+    """Experiment trackers that are told what a training function logs, in one run over all links; a
+    `command` has its own (see docs/trackers.md)."""
 
 
 class NotifyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -66,6 +66,9 @@ def _scratch(config: RunConfig) -> RunConfig:
     plain = to_mapping(config)
     plain["scheduler"] |= {"cluster": "local", "nodes": 1, "time": None, "pin_hardware": False}
     plain["chain"]["mode"] = "drive"
+    # Nobody else is told of what is not meant.
+    plain["log"]["trackers"] = []
+    plain["notify"]["url"] = None
     # What a rank is at is read from its signs of life.
     plain["chain"]["hang_s"] = config.chain.hang_s or None
     return from_mapping(plain, "the rehearsal")

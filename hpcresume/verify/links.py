@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcresume import errors, files
-from hpcresume.config import RunConfig, dump, read_frozen
+from hpcresume.config import RunConfig, dump, from_mapping, read_frozen, to_mapping
 from hpcresume.errors import HpcResumeError, Unavailable
 from hpcresume.journal import read_link
 from hpcresume.run_dir import LinkDir, RunDir
@@ -54,7 +54,12 @@ class LinkEnd:
 def make_run(path: Path, config: RunConfig, project: Path) -> RunDir:
     """A run directory whose code is what lies in `project` now."""
     run = RunDir(path)
-    run.create(dump(config), cluster="local", project=project, versions={})
+    plain = to_mapping(config)
+    # Nobody else is told of what is no training.
+    plain["log"]["trackers"] = []
+    run.create(
+        dump(from_mapping(plain, "the verification")), cluster="local", project=project, versions={}
+    )
     return run
 
 
