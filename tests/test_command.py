@@ -301,6 +301,21 @@ def test_a_command_may_watch_a_file_instead_of_signals(chain: Chain) -> None:
     hpcresume("cancel", "--yes", "run", cwd=chain.folder)
 
 
+def test_a_command_that_leaves_as_soon_as_the_file_is_there_is_not_taken_for_done(
+    chain: Chain,
+) -> None:
+    job = script(
+        chain, 'trap "" TERM; echo ready; until [ -e "$HPCRESUME_STOP" ]; do sleep 0.01; done'
+    )
+    chain.submit("--signal-command=none", "--", "bash", job, detach=True)
+    chain.wait(lambda: "ready" in chain.printed(1))
+    # The supervisor makes the file, and the command sees it before its parent looks again.
+    chain.run.stop.touch()
+    chain.wait(lambda: chain.records("decided"))
+    assert chain.ends() == ["stopped"], chain.story()
+    assert all("seconds" not in record for record in chain.records("saved"))
+
+
 def test_a_command_that_will_not_leave_is_killed_within_the_lead_time(chain: Chain) -> None:
     job = script(chain, 'trap "" TERM; echo ready; while :; do sleep 0.1; done')
     limits = ("--set=chain.lead_s=2", "--set=chain.max_links=1")

@@ -86,6 +86,8 @@ class _Told:
     reason: str
     at: float
     patience_s: float
+    gone: bool = False
+    """It had left before: what it needs to leave is not measured then."""
     pressed: bool = False
     killed: bool = False
 
@@ -240,7 +242,7 @@ class _Parent:
             code=-signal.SIGKILL if code is None else code,
             told=told.reason if told else "",
             killed=told.killed if told else False,
-            took_s=now - told.at if told else 0.0,
+            took_s=now - told.at if told and not told.gone else 0.0,
             ran_s=now - began,
             lines=tuple(output.last_lines(_LAST_LINES)),
         )
@@ -308,7 +310,8 @@ class _Parent:
         """Tell the command to leave, if it is time."""
         reason = self._why()
         code = child.poll()
-        if code is not None and not may_have_been_told(code):
+        # What watches the STOP file may have left before this process looked at it.
+        if gone_at is not None and gone_at != now and not may_have_been_told(code or 0):
             return None
         if reason is None and code is not None and may_have_been_told(code):
             # A signal to every process ends the command before this one has seen it.
@@ -322,7 +325,7 @@ class _Parent:
         patience = self._clock.lead_s()
         if left is not None:
             patience = min(patience, left - _BEFORE_END_S)
-        told = _Told(reason, now, max(_BEFORE_END_S, patience))
+        told = _Told(reason, now, max(_BEFORE_END_S, patience), gone=code is not None)
         if code is None:
             log.info("%s: the command is told to leave, within %.0f s", reason, told.patience_s)
         if self._notes is not None:

@@ -21,7 +21,7 @@ class Attempt:
     killed: bool = False
     """Whether it had to be killed, having been told."""
     took_s: float = 0.0
-    """From being told to its end."""
+    """From being told to its end; 0 where it was told nothing, or had left before."""
     ran_s: float = 0.0
     lines: tuple[str, ...] = ()
     """The last that it printed."""

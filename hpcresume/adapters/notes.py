@@ -132,7 +132,7 @@ class Notes:
 
     def ended(self, attempt: Attempt) -> bool:
         """An attempt is over; whether anything new came of it."""
-        left = bool(attempt.told) and not attempt.killed
+        left = bool(attempt.took_s) and not attempt.killed
         # How long it takes to leave says how early the next one must be told.
         took = {"seconds": round(attempt.took_s, 3)} if left else {}
         if self.seen == TIME and attempt.told:
