@@ -213,10 +213,14 @@ def lineage(run: RunDir, chain: list[LinkRecords] | None = None) -> Lineage:
 def known_step(links: list[LinkRecords], *, own: bool = False) -> int:
     """The step that the newest link which trained stood at, or had committed last.
 
-    With `own`, only what the run itself has committed counts, not what it began with.
+    Of a link that has restored more than once (a command was seen at one step, and its framework
+    then went on from another), what came after the last time counts. With `own`, only what the run
+    itself has committed counts, not what it began with.
     """
     for link in reversed(links):
         records = link.all("restored", "saved")
+        begun = [at for at, record in enumerate(records) if record["kind"] == "restored"]
+        records = records[begun[-1] :] if begun else records
         steps = [int(r["step"]) for r in records if not (own and "from" in r)]
         if steps:
             return max(steps)

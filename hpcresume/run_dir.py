@@ -77,6 +77,11 @@ class LinkDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def guest(self) -> Path:
+        """What the training framework in a command tells; its parent records it."""
+        return self.path / "guest.jsonl"
+
+    @property
     def monitor(self) -> Path:
         """How rank 0's machine did, a line now and then."""
         return self.path / "monitor.jsonl"

@@ -131,9 +131,7 @@ class _Parent:
             attempt = self._attempt()
             further = self._notes.ended(attempt) if self._notes is not None else False
             # What says that it is done is rank 0's to find; of the others the exit code counts.
-            judged = self._notes is not None and self._config.progress.done_when
-            done = self._sight.done() if judged else ""
-            missing = self._sight.missing() if judged else ""
+            done, missing = self._done() if self._notes is not None else ("", "")
             verdict = judge(attempt, done=done, missing=missing)
             self._say(attempt, verdict)
             crashes = 0 if further else crashes
@@ -162,6 +160,14 @@ class _Parent:
         while time.monotonic() < until and self._why() is None:
             time.sleep(_POLL_S)
         return self._why() is None
+
+    def _done(self) -> tuple[str, str]:
+        """Why the command counts as done, and what it lacks to be done; see `judge`."""
+        assert self._notes is not None
+        if self._config.progress.done_when:
+            return self._sight.done(), self._sight.missing()
+        heard = self._notes.heard
+        return heard.completed, heard.missing()
 
     def _settle(self, attempt: Attempt, verdict: Verdict, done: bool) -> int:
         if verdict.how == FAILED and attempt.code > 0:
@@ -238,9 +244,12 @@ class _Parent:
                 code = child.poll()
                 child.close()
         now = time.monotonic()
+        if self._notes is not None:
+            self._notes.hear()
+        left = self._notes.heard.left if self._notes is not None else ""
         return Attempt(
             code=-signal.SIGKILL if code is None else code,
-            told=told.reason if told else "",
+            told=told.reason if told else left,
             killed=told.killed if told else False,
             took_s=now - told.at if told and not told.gone else 0.0,
             ran_s=now - began,
@@ -297,6 +306,8 @@ class _Parent:
             if now - asked_at >= _REQUESTS_S or gone_at == now:
                 asked_at = now
                 told = told or self._tell(child, now, gone_at)
+                if self._notes is not None:
+                    self._signs += self._notes.hear()
                 self._sign(told, now)
             if told is not None:
                 self._press(child, told, now)

@@ -3,7 +3,7 @@
 A command has no checkpoints of ours. What stands in their place, as `saved` records that decide
 whether a link got further: the step of the newest that it has saved; else, where a pattern was
 given for it, the step that it printed; else nothing can be seen, and the seconds that it ran until
-it was told to leave count.
+it was told to leave count. Where a callback of ours in a framework tells its steps, these count.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 
 from hpcresume import files
 from hpcresume.adapters.ending import COMPLETED, Attempt, Verdict
+from hpcresume.adapters.heard import Heard
 from hpcresume.adapters.sight import Saved, Sight
-from hpcresume.journal import Journal, known_step, read_chain
+from hpcresume.journal import Journal, Record, known_step, read_chain
 from hpcresume.run_dir import LinkDir, RunDir
 
 log = logging.getLogger("hpcresume.command")
@@ -38,8 +39,11 @@ class Notes:
         self._sight = sight
         self._root = root
         self._journal = Journal(link.training, link=link.number, job=job)
-        self.seen = TIME if sight.blind else STEPS
+        self.heard = Heard(link.guest)
+        """What the training framework in the command tells, if there is a callback of ours."""
         links = read_chain(run)
+        told = any(record.get("guest") for other in links for record in other.all("restored"))
+        self.seen = TIME if sight.blind and not told else STEPS
         self.restarts = sum(len(other.all("started")) for other in links)
         """How often the command was started before."""
         before = next((r for other in reversed(links) if (r := other.last("restored"))), None)
@@ -79,13 +83,14 @@ class Notes:
         """How far the command is."""
         if self.seen == TIME:
             return self.known + int(time.monotonic() - self._started_at)
-        logged = self._sight.last_logged
+        logged = self.heard.step if self.heard.any else self._sight.last_logged
         return self.known if logged is None else logged
 
     def started(self) -> None:
         """The command is started."""
         self._note("started", step=self.known)
         self.restarts += 1
+        self.heard.start_anew()
         self._known_at_start = self.known
         self._started_at = time.monotonic()
         self._publish()
@@ -95,6 +100,11 @@ class Notes:
 
         `took` is recorded with what it has saved, new or not.
         """
+        self.hear()
+        if self.heard.any:
+            if took:
+                self._save(self.known, self._newest, **took)
+            return False
         self._newest = saved = self._sight.newest()
         step: int | None = None
         if saved is not None and saved.step is not None:
@@ -111,6 +121,32 @@ class Notes:
         self._look_back()
         self._publish()
         return further
+
+    def hear(self) -> bool:
+        """Record what the framework in the command has told since; whether there was anything."""
+        records = self.heard.look()
+        for record in records:
+            if record["kind"] == "began":
+                self._begun(record)
+            elif record["kind"] == "saved":
+                self._saved(record)
+        if records:
+            self._publish()
+        return bool(records)
+
+    def _begun(self, record: Record) -> None:
+        self.seen = STEPS
+        self.known = self._known_at_start = int(record["step"])
+        told = {name: record.get(name) for name in ("path", "verified", "passed_over")}
+        segments = record.get("segments", [])
+        self._note("restored", step=self.known, segments=segments, guest=True, **told)
+
+    def _saved(self, record: Record) -> None:
+        path, digest = Path(str(record.get("path"))), str(record.get("digest"))
+        total = self.heard.max_steps
+        self._newest = Saved(path=path, stamp=digest, step=int(record["step"]), total=total)
+        told = {name: record.get(name) for name in ("digest", "bytes", "save_s")}
+        self._save(int(record["step"]), self._newest, guest=True, **told)
 
     def _save(self, step: int, saved: Saved | None, **more: Any) -> None:
         self.known = step
@@ -151,7 +187,8 @@ class Notes:
     def settle(self, verdict: Verdict) -> None:
         """Record how the link's ranks ended."""
         if verdict.how == COMPLETED:
-            self._note("completed", step=self.known, judged=verdict.reason)
+            step = self.step if self.heard.any else self.known
+            self._note("completed", step=step, judged=verdict.reason)
             self._publish(completed=True)
         self._note("ended", how=verdict.how, reason=verdict.reason)
 
@@ -193,13 +230,17 @@ class Notes:
             # One that had nothing left to do prints no step: the last one that was seen stands.
             step = self.known if self.seen == STEPS else (self._logged or (0, 0))[1]
         total = self._newest.total if self._newest is not None else None
+        heard = self.heard
+        if heard.any:
+            step, total = self.step, heard.max_steps or total
         state = {
             "log_history": [],
             "seen": self.seen,
             "logged": logged if None not in logged else list(self._logged or ()),
             "link": self._link.number,
+            "num_train_epochs": heard.epochs,
             "max_steps": total,
-            "epoch": 0.0,
+            "epoch": round(heard.epoch, 6),
             "global_step": step,
             "total_steps": total,
             "completed": completed,
