@@ -31,7 +31,7 @@ check: .venv/.tests
 	$(BIN)/pytest -q tests/test_architecture.py
 
 bench: .venv/.tests
-	for benchmark in chain_efficiency checkpoint cli_start link_gap session_overhead warm_start; do $(BIN)/python benchmarks/$$benchmark.py; done
+	for benchmark in chain_efficiency checkpoint cli link_gap session_overhead warm_start; do $(BIN)/python benchmarks/$$benchmark.py; done
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

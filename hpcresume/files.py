@@ -9,16 +9,24 @@ although the pages are gone); the error goes to the caller and the temporary fil
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
-import secrets
+import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 _LINES_AT_ONCE = 1000
+#: More of a file is never read: it is none of ours, or damaged, and memory is finite.
+_MOST_JSON_BYTES, _MOST_LINE_BYTES, _MOST_LINES_BYTES = 64 << 20, 16 << 20, 1 << 30
+
+
+def unique() -> str:
+    """Eight hexadecimal digits for a name that nobody else takes."""
+    return os.urandom(4).hex()
 
 
 def fsync_dir(path: Path) -> None:
@@ -52,7 +60,7 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600, *, sync: bool = Tr
 
     `sync=False` leaves out the fsyncs: for live progress, which may be lost but never torn.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{unique()}.tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         try:
@@ -90,9 +98,29 @@ def write_json(path: Path, value: Any, *, sync: bool = True, indent: int | None 
     write_durably(path, to_json(value, indent=indent), sync=sync)
 
 
+def read_bytes(path: Path, most: int) -> bytes:
+    """A file's content, at most so many bytes of it.
+
+    Raises OSError, also where something else than a file is in its place (and never waits for a
+    pipe).
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        most = min(most, status.st_size)
+        data = os.read(fd, most)
+        while len(data) < most and (more := os.read(fd, most - len(data))):
+            data += more
+        return data
+    finally:
+        os.close(fd)
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file. Raises OSError, or ValueError where the text is not JSON."""
-    return json.loads(path.read_bytes())
+    return json.loads(read_bytes(path, _MOST_JSON_BYTES))
 
 
 def read_json_or_none(path: Path) -> Any:
@@ -179,22 +207,30 @@ class LineWriter:
             self._fd = -1
 
 
-def read_lines(path: Path, limit_bytes: int | None = None) -> Iterator[Any]:
+Lines = list[bytes]
+
+
+def read_lines(
+    path: Path, limit_bytes: int | None = None, chosen: Callable[[Lines], Lines] | None = None
+) -> Iterator[Any]:
     """The JSON values of a line file, in order; a torn or foreign line is passed over.
 
-    `limit_bytes` reads only that much from the start. A missing file has no lines.
+    `limit_bytes` reads only that much from the start; `chosen` says which lines are worth
+    decoding. A missing file has no lines.
     """
+    most = _MOST_LINES_BYTES if limit_bytes is None else min(limit_bytes, _MOST_LINES_BYTES)
     try:
-        with path.open("rb") as file:
-            data = file.read() if limit_bytes is None else file.read(limit_bytes)
+        data = read_bytes(path, most)
     except FileNotFoundError:
         return
-    yield from values_of_lines(data)
+    yield from values_of_lines(data, chosen)
 
 
-def values_of_lines(data: bytes) -> Iterator[Any]:
+def values_of_lines(data: bytes, chosen: Callable[[Lines], Lines] | None = None) -> Iterator[Any]:
     """The JSON values of lines, in order; a torn or foreign line is passed over."""
-    lines = [line for line in data.split(b"\n") if line]
+    lines = [line for line in data.split(b"\n") if 0 < len(line) <= _MOST_LINE_BYTES]
+    if chosen is not None:
+        lines = chosen(lines)
     for begin in range(0, len(lines), _LINES_AT_ONCE):
         some = lines[begin : begin + _LINES_AT_ONCE]
         try:

@@ -14,21 +14,20 @@ started again in its job) and fell_back (its steps begin where they had begun be
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from hpcresume import files
 from hpcresume.run_dir import LinkDir, RunDir
 
 VERSION = 1
 _LARGEST = 1e18
-#: What readers take for numbers, besides `t`.
-_NUMBERS = ("step", "after_link", "of", "seconds", "step_s")
+#: What readers take for numbers.
+_NUMBERS = ("t", "step", "after_link", "of", "seconds", "step_s")
 Record = dict[str, Any]
 
 
@@ -52,6 +51,8 @@ class Journal:
 
 def record_id(record: Mapping[str, Any]) -> str:
     """A short name for a record, made of its content: eight hexadecimal digits."""
+    import hashlib
+
     return hashlib.blake2b(files.to_json(record), digest_size=4).hexdigest()
 
 
@@ -113,12 +114,66 @@ def read_claim(link: LinkDir) -> Mapping[str, Any]:
     return claim if isinstance(claim, dict) else {}
 
 
-def _read(link: LinkDir, claim: Mapping[str, Any], successor: Mapping[str, Any]) -> LinkRecords:
+def _read(
+    link: LinkDir,
+    claim: Mapping[str, Any],
+    successor: Mapping[str, Any],
+    chosen: Callable[[files.Lines], files.Lines] | None = None,
+) -> LinkRecords:
     writers = (
-        filter(is_record, files.read_lines(path, adopted_bytes(successor, path)))
+        filter(is_record, files.read_lines(path, adopted_bytes(successor, path), chosen))
         for path in (link.journal, link.training)
     )
     return LinkRecords(link.number, claim, in_order(writers))
+
+
+class ChainGlance(Sequence[LinkRecords]):
+    """The links of a run, in order, each read when it is asked for.
+
+    Nearly all lines of a long journal are saves, of which each link has its newest ones alone
+    here: a hundred thousand lines are read in a tenth of the time that it takes to decode them.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._numbers = run.link_numbers()
+        self._links: dict[int, LinkRecords] = {}
+        self._claims: dict[int, Mapping[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, at: int) -> LinkRecords: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[LinkRecords]: ...
+    def __getitem__(self, at: int | slice) -> LinkRecords | Sequence[LinkRecords]:
+        if isinstance(at, slice):
+            return [self[n] for n in range(*at.indices(len(self)))]
+        number = self._numbers[at]
+        if number not in self._links:
+            claim, successor = self._claim(number), self._claim(number + 1)
+            link = self._run.link(number)
+            self._links[number] = _read(link, claim, successor, _without_old_saves)
+        return self._links[number]
+
+    def _claim(self, number: int) -> Mapping[str, Any]:
+        if number not in self._claims:
+            known = self._numbers and number <= self._numbers[-1]
+            self._claims[number] = read_claim(self._run.link(number)) if known else {}
+        return self._claims[number]
+
+
+#: How a save's line is known without decoding it, and how many of a link are kept.
+_SAVED, _NEWEST_SAVES = b'"kind":"saved"', 32
+
+
+def _without_old_saves(lines: files.Lines) -> files.Lines:
+    if len(lines) <= _NEWEST_SAVES:
+        return lines
+    saves = [at for at, line in enumerate(lines) if _SAVED in line]
+    old = set(saves[:-_NEWEST_SAVES])
+    return [line for at, line in enumerate(lines) if at not in old]
 
 
 def in_order(writers: Iterable[Iterable[Record]]) -> list[Record]:
@@ -144,13 +199,15 @@ def adopted_bytes(successor: Mapping[str, Any], path: Path) -> int | None:
 
 def is_record(value: Any) -> bool:
     """Whether a line is a record of ours; what disk or hand made of it otherwise is passed over."""
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+    if type(value) is not dict or type(value.get("kind")) is not str or "t" not in value:
         return False
-    numbers = [value.get("t"), *(value[name] for name in _NUMBERS if name in value)]
-    if not all(type(n) in (int, float) and abs(n) < _LARGEST for n in numbers):
-        return False
+    for name in _NUMBERS:
+        if name in value:
+            number = value[name]
+            if type(number) not in (int, float) or not abs(number) < _LARGEST:
+                return False
     segments = value.get("segments", [])
-    return isinstance(segments, list) and all(_is_segment(s) for s in segments)
+    return isinstance(segments, list) and all(map(_is_segment, segments))
 
 
 def _is_segment(value: Any) -> bool:
@@ -200,7 +257,7 @@ def segments_from_json(value: Any) -> tuple[Segment, ...]:
     return tuple(Segment(int(a), int(b), int(c)) for a, b, c in value)
 
 
-def lineage(run: RunDir, chain: list[LinkRecords] | None = None) -> Lineage:
+def lineage(run: RunDir, chain: Sequence[LinkRecords] | None = None) -> Lineage:
     """What the newest link that has restored (or begun afresh) builds upon."""
     links = chain if chain is not None else read_chain(run)
     for link in reversed(links):
@@ -210,7 +267,7 @@ def lineage(run: RunDir, chain: list[LinkRecords] | None = None) -> Lineage:
     return Lineage()
 
 
-def known_step(links: list[LinkRecords], *, own: bool = False) -> int:
+def known_step(links: Sequence[LinkRecords], *, own: bool = False) -> int:
     """The step that the newest link which trained stood at, or had committed last.
 
     Of a link that has restored more than once (a command was seen at one step, and its framework

@@ -183,7 +183,7 @@ class _Supervisor:
         link = None
         while link is None:
             story = read_story(self.run)
-            self.past = story.links
+            self.past = list(story.links)
             over = self._already_over(story)
             if over is not None:
                 log.info("nothing to do: %s", over.reason)

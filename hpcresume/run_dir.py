@@ -23,12 +23,10 @@ STOP, CANCEL             requests, made by creating the file
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
-import secrets
-import shutil
-import socket
 import stat
 import time
 from collections.abc import Mapping
@@ -261,11 +259,11 @@ class RunDir:
 
     def partial(self, name: str) -> Path:
         """A directory that is being written; never the same name twice."""
-        return self.path / f".{name}.{os.getpid()}.{secrets.token_hex(4)}.partial"
+        return self.path / f".{name}.{os.getpid()}.{files.unique()}.partial"
 
     def quarantined(self, step: int) -> Path:
         """Where a damaged or off-lineage checkpoint is put: no `checkpoint-*` pattern matches."""
-        return self.path / f"quarantined-{step}.{secrets.token_hex(4)}"
+        return self.path / f"quarantined-{step}.{files.unique()}"
 
     def checkpoint_steps(self) -> list[int]:
         """Steps that have a directory, ascending. Whether it is a checkpoint, the store says."""
@@ -320,7 +318,7 @@ class RunDir:
         journals of the link before is adopted.
         """
         target = self.link(newest + 1)
-        private = self.links / f".claim.{os.getpid()}.{secrets.token_hex(4)}"
+        private = self.links / f".claim.{os.getpid()}.{files.unique()}"
         private.mkdir(mode=0o700)
         content = dict(claim, link=target.number, adopted=self._sizes(newest))
         try:
@@ -328,7 +326,7 @@ class RunDir:
             files.fsync_dir(private)
             os.rename(private, target.path)
         except OSError:
-            shutil.rmtree(private, ignore_errors=True)
+            _remove(private)
             if not target.path.exists():
                 raise
             return None
@@ -362,16 +360,16 @@ class RunDir:
         FileExistsError if it is there already.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        private = RunDir(self.path.with_name(f".{self.name}.{secrets.token_hex(4)}.new"))
+        private = RunDir(self.path.with_name(f".{self.name}.{files.unique()}.new"))
         for folder in (private.path, private.links, private.jobs):
             folder.mkdir(mode=0o700)
         identity = {
-            "id": secrets.token_hex(6),
+            "id": os.urandom(6).hex(),
             "name": self.name,
             "project": str(project),
             "cluster": cluster,
             "created": round(time.time(), 3),
-            "host": socket.gethostname(),
+            "host": os.uname().nodename,
             "versions": dict(versions),
         }
         try:
@@ -386,16 +384,18 @@ class RunDir:
                     raise FileExistsError(str(self.path)) from None
                 raise
         except BaseException:
-            shutil.rmtree(private.path, ignore_errors=True)
+            _remove(private.path)
             raise
         files.fsync_dir(self.path.parent)
 
     def identify(self) -> dict[str, Any]:
         """The content of run.json. Raises NotFound where it is no run of this format."""
         content = files.read_json_or_none(self.identity)
-        if not isinstance(content, dict) or "id" not in content:
-            raise NotFound(f"{self.path} is not a run directory: its run.json is missing or torn.")
-        return content
+        if isinstance(content, dict) and all(
+            isinstance(content.get(name), str) for name in ("id", "cluster")
+        ):
+            return content
+        raise NotFound(f"{self.path} is not a run directory: its run.json is missing or torn.")
 
     def check_private(self) -> None:
         """Refuse a directory that others can write to: what is frozen in it gets executed."""
@@ -405,6 +405,13 @@ class RunDir:
                 f"{self.path} belongs to another user or is writable by others, and its code "
                 f"would be executed: make it yours and run `chmod go-w {self.path}`."
             )
+
+
+def _remove(private: Path) -> None:
+    # Imported when it is needed, since it brings the modules of all archive formats along.
+    import shutil
+
+    shutil.rmtree(private, ignore_errors=True)
 
 
 def runs_root(option: str | None, environ: Mapping[str, str]) -> Path:
@@ -420,7 +427,8 @@ def is_run(path: Path) -> bool:
 def all_runs(root: Path) -> list[RunDir]:
     """The runs below a root, newest first by their newest sign of life."""
     try:
-        found = [RunDir(Path(entry.path)) for entry in os.scandir(root) if entry.is_dir()]
+        with os.scandir(root) as entries:
+            found = [RunDir(Path(entry.path)) for entry in entries if entry.is_dir()]
     except FileNotFoundError:
         return []
     runs = [run for run in found if is_run(run.path)]
@@ -428,12 +436,11 @@ def all_runs(root: Path) -> list[RunDir]:
 
 
 def _touched(run: RunDir) -> tuple[float, str]:
-    times = [
-        path.stat().st_mtime
-        for path in (run.trainer_state, run.submissions, run.links)
-        if path.exists()
-    ]
-    return max(times, default=0.0), run.name
+    times = [0.0]
+    for path in (run.trainer_state, run.submissions, run.links):
+        with contextlib.suppress(OSError):
+            times.append(os.stat(path).st_mtime)
+    return max(times), run.name
 
 
 def find_run(text: str, root: Path) -> RunDir:

@@ -16,20 +16,21 @@ from typing import Any
 from hpcresume import files
 from hpcresume.chain.calendar import (
     Calendar,
+    Pace,
     Place,
     Promise,
     calendar,
     free_since,
     measure,
     promised,
+    ran_and_waited,
 )
-from hpcresume.checkpoint.manifest import Committed
-from hpcresume.checkpoint.store import Store
+from hpcresume.checkpoint.manifest import Committed, newest_of_run
 from hpcresume.journal import Record, known_step, lineage
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.job import JobInfo, JobState
 from hpcresume.scheduler.waiting import waiting_words
-from hpcresume.story import Story, alive_elsewhere, has_no_driver, read_story, waits_in_vain
+from hpcresume.story import Story, alive_elsewhere, glance, has_no_driver, waits_in_vain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,12 @@ class RunStatus:
     reason: str = ""
     """Why its next job waits, in the scheduler's word."""
     queued: list[str] = field(default_factory=list)
+    worked_s: float | None = None
+    """What its links have lasted, all together; None where that was not added up."""
+    queued_s: float | None = None
+    """What they waited in the queue, likewise; the wait of the next one is not over, and not in."""
+    train_left_s: float | None = None
+    """What is left to train, at the pace of its links so far; None where that is not known."""
     calendar: Calendar | None = None
     """When it will be complete; None where nothing has been measured, or nothing is left to do."""
     deadline: float | None = None
@@ -120,17 +127,22 @@ def read_status(
     *,
     story: Story | None = None,
     committed: Sequence[Committed] | None = None,
+    add_up: bool = True,
 ) -> RunStatus:
     """How a run stands.
 
     `jobs` are its living jobs; None where the scheduler did not answer, and `note` says so. Who
-    has read its `story`, or what is `committed`, hands it in.
+    has read its `story`, or what is `committed`, hands it in. Without `add_up` the
+    older links of a run at rest are not read, which only what they took together needs.
+
+    Raises NotFound where it is no run, OSError where its files cannot be read.
     """
-    story = read_story(run) if story is None else story
+    story = glance(run) if story is None else story
     live = _live(run)
     if committed is None:
-        committed = Store(run, story.run_id).committed(lineage(run, story.links))
-    last = committed[-1] if committed else None
+        last = newest_of_run(run, story.run_id, lineage(run, story.links))
+    else:
+        last = committed[-1] if committed else None
     running = next((j for j in jobs or () if j.state is not JobState.PENDING), None)
     pending = [j for j in jobs or () if j.state is JobState.PENDING]
     promise = promised(story.links, story.submissions)
@@ -138,8 +150,15 @@ def read_status(
     if state == "stalled" and promise.expired(time.time()) and not pending:
         why = f"none of its jobs could end before its deadline: hpcresume why {run.name}"
     step, total = _step(live, last, state), _whole(live.get("total_steps"))
-    newest = story.newest
-    seen, save = story.seen, _save_of_command(story)
+    newest, now = story.newest, time.time()
+    goes_on = state in ("running", "waiting")
+    pace = measure(story.links, story.submissions) if goes_on else None
+    left = max(0, total - step) if total else 0
+    took = None
+    if goes_on or add_up:
+        alive = state == "running"
+        took = ran_and_waited(story.links, story.submissions, alive=alive, now=now)
+    seen, save = story.seen, None if last is not None else _save_of_command(story)
     claim = newest.claim if newest is not None else {}
     return RunStatus(
         name=run.name,
@@ -161,19 +180,24 @@ def read_status(
         why=" · ".join(part for part in (why, _unsaved(story), fell_back(story), note) if part),
         reason=pending[0].reason if pending and running is None else "",
         queued=[job.id for job in pending],
-        calendar=_calendar(story, promise, state, total - step, running) if total else None,
+        worked_s=None if took is None else round(took[0], 3),
+        queued_s=None if took is None else round(took[1], 3),
+        train_left_s=None if pace is None or not total else left / pace.steps_per_s,
+        calendar=_calendar(story, pace, promise, state, left, running) if pace and total else None,
         deadline=promise.deadline,
         expired=promise.expired(time.time()),
     )
 
 
 def _calendar(
-    story: Story, promise: Promise, state: str, steps_left: int, running: JobInfo | None
+    story: Story,
+    pace: Pace,
+    promise: Promise,
+    state: str,
+    steps_left: int,
+    running: JobInfo | None,
 ) -> Calendar | None:
     """When a chain that goes on will be complete, as far as its links have shown."""
-    pace = measure(story.links, story.submissions)
-    if pace is None or state not in ("running", "waiting"):
-        return None
     alive, now, newest = state == "running", time.time(), story.newest
     own = newest is not None and story.ended(newest) is None and newest.last("started") is not None
     left_s = _time_left(running)
@@ -181,7 +205,7 @@ def _calendar(
         left_s = 0.0
     since = now if alive else free_since(story.links, story.submissions)
     place = Place(
-        steps_left=max(0, steps_left),
+        steps_left=steps_left,
         now=now,
         alive=alive,
         started=alive and own,
@@ -304,6 +328,6 @@ def _verified(story: Story, last: Committed | None) -> bool:
         return False
     return any(
         record.get("digest") == last.manifest.digest
-        for link in story.links
+        for link in reversed(story.links)
         for record in link.all("saved", "restored")
     )

@@ -5,15 +5,20 @@ Used by the supervisor, by `history` and `status`. Reads only; never imports tor
 
 from __future__ import annotations
 
-import getpass
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hpcresume import files
-from hpcresume.journal import LinkRecords, Record, known_step, read_chain, read_submissions
+from hpcresume.journal import (
+    ChainGlance,
+    LinkRecords,
+    Record,
+    known_step,
+    read_chain,
+    read_submissions,
+)
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.choice import asking_scheduler
 from hpcresume.scheduler.job import JobInfo, JobState, Scheduler
@@ -36,7 +41,7 @@ class Story:
 
     run: RunDir
     run_id: str
-    links: list[LinkRecords]
+    links: Sequence[LinkRecords]
     submissions: list[Record]
     cancelled: str
     """Who asked for the end; empty if nobody."""
@@ -94,6 +99,8 @@ class Story:
     def ended(self, link: LinkRecords) -> Record | None:
         """The record of a link's end: its supervisor's, or what a later link found out."""
         for other in reversed(self.links):
+            if other.number < link.number:
+                break
             for record in reversed(other.all("ended")):
                 if "cause" in record and record.get("of", other.number) == link.number:
                     return record
@@ -152,6 +159,15 @@ def read_story(run: RunDir) -> Story:
     return Story(run, run.identify()["id"], links, submissions, cancelled_by(run))
 
 
+def glance(run: RunDir) -> Story:
+    """A run's story for who only wants to know how it stands: what nobody asks for is not read.
+
+    See `ChainGlance`. Raises OSError later as well, when something is asked for.
+    """
+    submissions = read_submissions(run)
+    return Story(run, run.identify()["id"], ChainGlance(run), submissions, cancelled_by(run))
+
+
 def cancelled_by(run: RunDir) -> str:
     """Who asked for the end of a run; empty if nobody."""
     if not run.cancel.exists():
@@ -177,7 +193,7 @@ def this_process() -> dict[str, Any]:
     """How a claim names its process: `born` tells it from a later one of the same number."""
     own = ProcessId.of(os.getpid())
     return {
-        "host": socket.gethostname(),
+        "host": os.uname().nodename,
         "pid": os.getpid(),
         "born": None if own is None else own.born,
     }
@@ -185,7 +201,7 @@ def this_process() -> dict[str, Any]:
 
 def _lives_here(claim: Mapping[str, Any]) -> bool:
     pid, host, born = claim.get("pid"), claim.get("host"), claim.get("born")
-    if host != socket.gethostname() or type(pid) is not int or not 0 < pid < _PID_LIMIT:
+    if host != os.uname().nodename or type(pid) is not int or not 0 < pid < _PID_LIMIT:
         return False
     return ProcessId(pid, born, host).alive() if isinstance(born, str) else pid_alive(pid)
 
@@ -226,6 +242,8 @@ def find_jobs(scheduler: Scheduler, run_id: str) -> list[JobInfo]:
 
 def user_name() -> str:
     """Who is asking."""
+    import getpass
+
     try:
         return getpass.getuser()
     except (KeyError, OSError):

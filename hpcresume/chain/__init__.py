@@ -5,22 +5,28 @@ ended, `decide` reads the table of causes from top to bottom (first match wins),
 what it says.
 """
 
-from hpcresume.chain.causes import (
-    COMMAND,
-    CRASHES,
-    HANG,
-    MEMORY,
-    NODE_CAUSES,
-    NON_FINITE,
-    PLANNED,
-    Cause,
-    Evidence,
-    Failure,
-    cause_named,
-    cause_of,
-)
-from hpcresume.chain.decisions import Budgets, Decision, decide
-from hpcresume.chain.past import MOST_EXCLUDED, PastLink, Spent, bad_nodes, spent
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpcresume.chain.causes import (
+        COMMAND,
+        CRASHES,
+        HANG,
+        MEMORY,
+        NODE_CAUSES,
+        NON_FINITE,
+        PLANNED,
+        Cause,
+        Evidence,
+        Failure,
+        cause_named,
+        cause_of,
+    )
+    from hpcresume.chain.decisions import Budgets, Decision, decide
+    from hpcresume.chain.past import MOST_EXCLUDED, PastLink, Spent, bad_nodes, spent
 
 __all__ = [
     "COMMAND",
@@ -44,3 +50,22 @@ __all__ = [
     "decide",
     "spent",
 ]
+
+_HOMES = {
+    "Budgets": "decisions",
+    "Decision": "decisions",
+    "decide": "decisions",
+    "MOST_EXCLUDED": "past",
+    "PastLink": "past",
+    "Spent": "past",
+    "bad_nodes": "past",
+    "spent": "past",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # `status` needs the calendar alone, and is to answer at once.
+    if name not in __all__:
+        raise AttributeError(f"module 'hpcresume.chain' has no attribute '{name}'")
+    home = importlib.import_module(f"hpcresume.chain.{_HOMES.get(name, 'causes')}")
+    return getattr(home, name)

@@ -97,9 +97,13 @@ def measure(links: Sequence[LinkRecords], submissions: Sequence[Record]) -> Pace
 
 def promised(links: Sequence[LinkRecords], submissions: Sequence[Record]) -> Promise:
     """What the newest job of a chain was queued with."""
-    by_hand = [r for r in submissions if r["kind"] == "queued"]
-    by_links = [r for link in links for r in link.all("queued")]
-    queued = [record for record in (*by_hand, *by_links) if "time_s" in record]
+    queued = [r for r in submissions if r["kind"] == "queued" and "time_s" in r]
+    for link in reversed(links):
+        # What the links before it have queued is older.
+        by_link = [record for record in link.all("queued") if "time_s" in record]
+        queued += by_link
+        if by_link:
+            break
     newest = max(queued, key=lambda record: float(record["t"]), default={})
     leads = [lead for record in queued if (lead := _number(record.get("lead_s"))) is not None]
     return Promise(
@@ -187,6 +191,24 @@ def _waits(links: Sequence[LinkRecords], submissions: Sequence[Record]) -> Itera
         claimed, since = link.last("claimed"), _free_since(before, lasted, submissions)
         if claimed is not None and since is not None:
             yield max(0.0, claimed["t"] - since)
+
+
+def ran_and_waited(
+    links: Sequence[LinkRecords], submissions: Sequence[Record], *, alive: bool, now: float
+) -> tuple[float, float]:
+    """Seconds that the links of a chain have lasted, and that they waited in the queue before.
+
+    `alive` is whether the newest one goes on; `now` is Unix seconds.
+    """
+    lasted = _found_to_have_lasted(links)
+    ran = 0.0
+    for link in links:
+        if link.records:
+            seconds = max(0.0, link.records[-1]["t"] - _begun(link))
+            ran += max(seconds, lasted.get(link.number, 0.0))
+    if alive and links and links[-1].records:
+        ran += max(0.0, now - links[-1].records[-1]["t"])
+    return ran, sum(_waits(links, submissions))
 
 
 def free_since(links: Sequence[LinkRecords], submissions: Sequence[Record]) -> float | None:

@@ -7,6 +7,7 @@ digest of itself. `read_committed` is the one predicate that answers "is this a 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -23,6 +24,7 @@ import xxhash
 from hpcresume import files
 from hpcresume.errors import CheckpointError
 from hpcresume.journal import Lineage
+from hpcresume.run_dir import RunDir
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -163,13 +165,30 @@ def read_committed(path: Path, lineage: Lineage) -> Committed:
             status = os.stat(path / entry.name, follow_symlinks=False)
         except OSError as error:
             raise damage_of(error, entry.name) from None
-        if not stat.S_ISREG(status.st_mode) or (path / entry.name).parent.is_symlink():
+        within = "/" in entry.name and (path / entry.name).parent.is_symlink()
+        if not stat.S_ISREG(status.st_mode) or within:
             raise CheckpointError(f"{entry.name} is not a file of its own")
         if status.st_size != entry.bytes:
             raise CheckpointError(f"{entry.name} has {status.st_size} bytes, not {entry.bytes}")
     if not lineage.holds(manifest.link, manifest.step):
         raise CheckpointError(f"link {manifest.link} wrote it after a newer link had taken over")
     return Committed(path, manifest)
+
+
+def read_of_run(run: RunDir, run_id: str, step: int, lineage: Lineage) -> Committed:
+    """`read_committed`, and of this run: what another run left here counts for nothing."""
+    found = read_committed(run.checkpoint(step), lineage)
+    if found.manifest.run_id != run_id:
+        raise CheckpointError("it belongs to another run")
+    return found
+
+
+def newest_of_run(run: RunDir, run_id: str, lineage: Lineage) -> Committed | None:
+    """The newest checkpoint of a run; older ones are not looked at. Raises OSError."""
+    for step in reversed(run.checkpoint_steps()):
+        with contextlib.suppress(CheckpointError):
+            return read_of_run(run, run_id, step, lineage)
+    return None
 
 
 def _read_manifest(path: Path) -> bytes:

@@ -49,11 +49,7 @@ class Store:
         return found
 
     def _read(self, step: int, lineage: Lineage) -> Committed:
-        """`read_committed`, and of this run: what another run left here counts for nothing."""
-        found = manifests.read_committed(self.run.checkpoint(step), lineage)
-        if found.manifest.run_id != self.run_id:
-            raise CheckpointError("it belongs to another run")
-        return found
+        return manifests.read_of_run(self.run, self.run_id, step, lineage)
 
     def latest_verified(self, lineage: Lineage, on_bad: OnBad) -> Images | None:
         """The newest checkpoint of which every byte is as it was written, read into memory.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -12,6 +13,7 @@ from hpcresume import status as statuses
 from hpcresume.cli.options import no_run, root_of, run_argument, runs_option
 from hpcresume.errors import NotFound
 from hpcresume.observe.jobs import LivingJobs
+from hpcresume.observe.overview import Overview, OverviewTail
 from hpcresume.run_dir import RunDir, all_runs, find_run
 
 SCHEMA_VERSION = 1
@@ -45,13 +47,12 @@ def status(
     if not as_json:
         # Said before the scheduler is asked, which may take its time.
         click.echo(f"{chosen[0].path if run else root}", nl=True)
-    rows, damaged = _read_all(chosen)
-    if damaged and not rows:
-        raise damaged[0]
-    for error in damaged:
-        click.echo(f"hpcresume: {error}", err=True)
-    if not run and not everything:
-        rows = _interesting(rows)
+    seen = _look(root, chosen, everything=everything or bool(run), add_up=as_json or bool(run))
+    rows, damaged = list(seen.runs.values()), seen.damaged
+    if not rows:
+        raise NotFound(damaged[0])
+    for sentence in damaged:
+        click.echo(f"hpcresume: {sentence}", err=True)
     if as_json:
         document = {"schema_version": SCHEMA_VERSION, "runs": [row.to_json() for row in rows]}
         click.echo(json.dumps(document, indent=2, sort_keys=True))
@@ -62,20 +63,8 @@ def status(
     return statuses.EXIT_CODES[rows[0].state] if exit_code and rows else 0
 
 
-def _read_all(runs: Sequence[RunDir]) -> tuple[list[statuses.RunStatus], list[NotFound]]:
-    """How runs stand; a damaged one must not hide the others."""
-    rows: list[statuses.RunStatus] = []
-    damaged: list[NotFound] = []
-    living = LivingJobs(os.environ)
-    for run in runs:
-        try:
-            jobs, note = living.of(run)
-            rows.append(statuses.read_status(run, jobs, note))
-        except NotFound as error:
-            damaged.append(error)
-    return rows, damaged
-
-
-def _interesting(rows: Sequence[statuses.RunStatus]) -> list[statuses.RunStatus]:
-    finished = [row for row in rows if row.state == "complete"][:1]
-    return [row for row in rows if row.state != "complete" or row in finished]
+def _look(root: Path, runs: Sequence[RunDir], *, everything: bool, add_up: bool) -> Overview:
+    """How runs stand; a damaged one does not hide the others."""
+    jobs = LivingJobs(os.environ)
+    tail = OverviewTail(root, jobs, all_complete=everything, add_up=add_up)
+    return tail.look(runs)

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from hpcresume.errors import Unavailable
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.choice import asking_scheduler
-from hpcresume.scheduler.job import JobInfo, Scheduler
+from hpcresume.scheduler.job import JobInfo
+from hpcresume.scheduler.slurm_clients import SlurmClients
 from hpcresume.story import TOKEN, token_prefix
 
 
@@ -33,33 +34,32 @@ class LivingJobs:
         self._patience_s = patience_s
         self._lock = threading.Lock()
         self._asking: threading.Thread | None = None
-        self._answer: list[JobInfo] | str | None = None
+        self._answer: dict[str, list[JobInfo]] | str | None = None
         self._asked_at = -math.inf
 
     def of(self, run: RunDir) -> tuple[list[JobInfo] | None, str]:
         """The living jobs of a run; None where nobody can tell, and why. Raises NotFound."""
         try:
-            scheduler = asking_scheduler(run, self._environ)
-            if scheduler is None:
-                return [], ""
-            prefix = token_prefix(run.identify()["id"])
-            if scheduler.name == "local":
-                return scheduler.find(prefix), ""
-            answer = self._of_all(scheduler)
+            identity = run.identify()
+            prefix = token_prefix(identity["id"])
+            if identity["cluster"] != "slurm":
+                scheduler = asking_scheduler(run, self._environ)
+                return ([] if scheduler is None else scheduler.find(prefix)), ""
+            answer = self._of_all()
         except Unavailable as error:
             return None, str(error)
         if isinstance(answer, str):
             return None, answer
-        return [job for job in answer if job.token.startswith(prefix)], ""
+        return answer.get(prefix, []), ""
 
-    def _of_all(self, scheduler: Scheduler) -> list[JobInfo] | str:
-        """All our jobs in Slurm, or a sentence where no answer came in time."""
+    def _of_all(self) -> dict[str, list[JobInfo]] | str:
+        """Our jobs in Slurm by their runs' prefixes; a sentence where no answer came in time."""
         with self._lock:
             old = time.monotonic() - self._asked_at > self._max_age_s
             if self._asking is None and (self._answer is None or old):
                 # A thread of its own: a Slurm that is stuck must not hold up who asks.
                 self._asked_at = time.monotonic()
-                self._asking = threading.Thread(target=self._ask, args=(scheduler,), daemon=True)
+                self._asking = threading.Thread(target=self._ask, daemon=True)
                 self._asking.start()
             asking, until = self._asking, self._asked_at + self._patience_s
             known = self._answer
@@ -71,10 +71,14 @@ class LivingJobs:
                 return f"squeue gave no answer in {self._patience_s:g} s"
             return self._answer
 
-    def _ask(self, scheduler: Scheduler) -> None:
-        answer: list[JobInfo] | str | None = None
+    def _ask(self) -> None:
+        answer: dict[str, list[JobInfo]] | str | None = None
         try:
-            answer = scheduler.find(TOKEN + ":")
+            found: dict[str, list[JobInfo]] = {}
+            for job in SlurmClients(self._environ).living(TOKEN + ":"):
+                run_id, colon, _ = job.token[len(TOKEN) + 1 :].partition(":")
+                found.setdefault(token_prefix(run_id) if colon else "", []).append(job)
+            answer = found
         except Unavailable as error:
             answer = str(error)
         finally:

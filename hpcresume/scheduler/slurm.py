@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -194,10 +193,7 @@ class SlurmScheduler:
 
     def find(self, token_prefix: str) -> list[JobInfo]:
         """The living jobs of this user whose token begins so, oldest first."""
-        jobs = self._clients.squeue(f"--user={os.getuid()}")
-        # A state that nobody knows is no end.
-        living = [job for job in jobs if not job.state.ended]
-        return [job for job in living if job.token.startswith(token_prefix)]
+        return self._clients.living(token_prefix)
 
     def state(self, ids: Sequence[str]) -> dict[str, JobInfo]:
         """What became of jobs: of the queue, the accounting and the controller, who knows most.

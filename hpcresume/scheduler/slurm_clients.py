@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import pwd
 import shutil
 import time
@@ -65,6 +66,13 @@ class SlurmClients:
         if done.code and "invalid job id" not in done.err.lower():
             raise Unavailable(f"squeue: {slurm_text.words(done.err)}.")
         return slurm_text.parse_queue(done.out)
+
+    def living(self, token_prefix: str) -> list[JobInfo]:
+        """The living jobs of this user whose token begins so, oldest first. Raises Unavailable."""
+        jobs = self.squeue(f"--user={os.getuid()}")
+        # A state that nobody knows is no end.
+        living = [job for job in jobs if not job.state.ended]
+        return [job for job in living if job.token.startswith(token_prefix)]
 
     def describe(self, id: str) -> dict[str, str] | None:
         """The controller's record of a job, which it keeps for some minutes after the end."""
