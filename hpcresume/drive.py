@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hpcresume import chain, notify
 from hpcresume.chain import Cause, Decision, PastLink
 from hpcresume.config import RunConfig, read_frozen
-from hpcresume.errors import Unavailable, UsageError
+from hpcresume.errors import SubmissionRejected, Unavailable, UsageError
 from hpcresume.history import budgets_of, end_of, past_links, verdict_of
 from hpcresume.journal import Record, known_step
 from hpcresume.link import Surroundings, exiting_link
@@ -75,6 +75,10 @@ def drive(
             except Unavailable as error:
                 log.warning("%s", error)
                 over = None
+            except SubmissionRejected as error:
+                step = known_step(read_story(run).links)
+                notify.tell_stalled(run, config.notify, str(error), step=step)
+                raise
             if over is not None:
                 return over
             while not interrupted() and time.monotonic() - looked_at < every_s:

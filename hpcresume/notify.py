@@ -1,5 +1,5 @@
-"""Tells a webhook that a run is finished or has stopped. Used by the supervisor, at its very
-end, and by `drive` where it ends a chain itself.
+"""Tells a webhook that a run is finished, has stopped, or is stalled. Used by the supervisor, at
+its very end, and by `drive`, which alone is there to see that a run is stalled.
 
 What is decided is recorded by then: an address that is wrong, slow or down costs a few seconds and
 one line of the log, and changes nothing.
@@ -24,14 +24,19 @@ _PATIENCE_S = 10.0
 #: The row of `chain.decide` that says that a run gets no further.
 _NO_PROGRESS = "no_progress_links"
 _KINDS = {"finished": "finished", "stop": "stopped"}
-_WORDS = {"finished": "is finished", "stopped": "stops", "stalled": "gets no further, and stops"}
+_WORDS = {
+    "finished": "is finished",
+    "stopped": "stops",
+    "no_progress": "gets no further, and stops",
+    "stalled": "is stalled",
+}
 
 
 def event_of(decision: Decision | None) -> str | None:
-    """finished, stopped or stalled; None where the chain goes on, or was over before."""
+    """finished, stopped or no_progress; None where the chain goes on, or was over before."""
     if decision is None:
         return None
-    return "stalled" if decision.rule == _NO_PROGRESS else _KINDS.get(decision.kind)
+    return "no_progress" if decision.rule == _NO_PROGRESS else _KINDS.get(decision.kind)
 
 
 def tell(
@@ -44,16 +49,36 @@ def tell(
 ) -> None:
     """Post the event of a decision to the webhook, if it is one of those that are asked for."""
     event = event_of(decision)
-    if config.url is None or decision is None or event not in config.events:
+    if decision is not None and event is not None:
+        reason, cause = decision.reason, decision.cause.value
+        _tell(run, config, event, step=step, cause=cause, reason=reason, patience_s=patience_s)
+
+
+def tell_stalled(run: RunDir, config: NotifyConfig, reason: str, *, step: int) -> None:
+    """Post that a run has neither a job nor a recorded reason for having none."""
+    _tell(run, config, "stalled", step=step, cause=None, reason=reason, patience_s=_PATIENCE_S)
+
+
+def _tell(
+    run: RunDir,
+    config: NotifyConfig,
+    event: str,
+    *,
+    step: int,
+    cause: str | None,
+    reason: str,
+    patience_s: float,
+) -> None:
+    if config.url is None or event not in config.events:
         return
     content = {
         "event": event,
         "run": run.name,
         "step": step,
-        "cause": decision.cause.value,
-        "reason": decision.reason,
+        "cause": cause,
+        "reason": reason,
         # What chat programs show of a webhook's message.
-        "text": f"{run.name} {_WORDS[event]}: {decision.reason}",
+        "text": f"{run.name} {_WORDS[event]}: {reason}",
     }
     complaints: list[str] = ["no answer in time"]
     posting = threading.Thread(target=_post, args=(config.url, content, complaints, patience_s))

@@ -23,7 +23,7 @@ from hpcresume.notify import event_of, tell
 
 FINISHED = Decision(kind="finished", reason="training is complete", cause=Cause.COMPLETED)
 STOPPED = Decision(kind="stop", reason="cancelled by ada", cause=Cause.CANCELLED)
-STALLED = Decision(
+NO_PROGRESS = Decision(
     kind="stop", reason="3 links, no step", cause=Cause.UNKNOWN, rule="no_progress_links"
 )
 GOES_ON = Decision(kind="continue", reason="its time was over", cause=Cause.DEADLINE)
@@ -93,18 +93,18 @@ def test_a_webhook_is_told_what_happened_to_which_run_and_why(tmp_path: Path, ho
 
 @pytest.mark.parametrize(
     ("decision", "event"),
-    [(FINISHED, "finished"), (STOPPED, "stopped"), (STALLED, "stalled"), (GOES_ON, None)],
-    ids=["finished", "stopped", "stalled", "goes-on"],
+    [(FINISHED, "finished"), (STOPPED, "stopped"), (NO_PROGRESS, "no_progress"), (GOES_ON, None)],
+    ids=["finished", "stopped", "no-progress", "goes-on"],
 )
 def test_only_the_ends_of_a_chain_are_events(decision: Decision, event: str | None) -> None:
     assert event_of(decision) == event
 
 
 def test_only_the_events_that_are_asked_for_are_told(tmp_path: Path, hook: Hook) -> None:
-    config = NotifyConfig(url=hook.url, events=["stalled"])
-    for decision in (FINISHED, STOPPED, GOES_ON, None, STALLED):
+    config = NotifyConfig(url=hook.url, events=["no_progress"])
+    for decision in (FINISHED, STOPPED, GOES_ON, None, NO_PROGRESS):
         tell(make_run(tmp_path / str(id(decision))), config, decision, step=0)
-    assert [told["event"] for told in hook.told] == ["stalled"]
+    assert [told["event"] for told in hook.told] == ["no_progress"]
 
 
 @pytest.mark.parametrize("trouble", ["down", "angry", "slow"])
@@ -157,3 +157,19 @@ def test_who_drives_a_chain_from_a_login_node_tells_where_no_link_is_left_to(
     assert code == 8, err
     assert [(told["event"], told["run"]) for told in hook.told] == [("stopped", "toy")]
     assert "max_links" in hook.told[0]["reason"]
+
+
+def test_who_drives_a_chain_tells_when_slurm_refuses_its_next_job_and_it_is_stalled(
+    tmp_path: Path, hook: Hook, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeSlurm(tmp_path / "slurm")
+    fake.program("sbatch", "echo 'sbatch: error: Invalid account' >&2; exit 1")
+    monkeypatch.setenv("PATH", fake.path)
+    run = make_run(tmp_path, cluster="slurm", chain={"mode": "drive"}, notify={"url": hook.url})
+    end_link(add_link(run, step=4), "continue", "deadline", "its time was over")
+    code, _, err = said("drive", str(run.path))
+    assert code == 6, err
+    (told,) = hook.told
+    assert (told["event"], told["run"], told["step"], told["cause"]) == ("stalled", "toy", 4, None)
+    assert told["text"].startswith("toy is stalled: ") and "Invalid account" in told["reason"]
+    assert said("status", str(run.path), "--exit-code")[0] == 21

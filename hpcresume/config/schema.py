@@ -189,15 +189,16 @@ class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class NotifyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who is told when the chain ends. Mail is Slurm's own: scheduler.sbatch, `mail-type: END`."""
+    """Who is told how the chain ends. Mail is Slurm's own: scheduler.sbatch, `mail-type: END`."""
 
     url: _Url | None = None
     """The address (webhook) to which the event is posted as JSON, by the job; null: none."""
-    events: list[Literal["finished", "stopped", "stalled"]] = msgspec.field(
-        default_factory=lambda: ["finished", "stopped", "stalled"]
+    events: list[Literal["finished", "stopped", "no_progress", "stalled"]] = msgspec.field(
+        default_factory=lambda: ["finished", "stopped", "no_progress", "stalled"]
     )
     """Of what: training is complete; the chain stops, and why; it stops because link after link
-    committed no new step (`chain.no_progress_links`)."""
+    committed no new step (`chain.no_progress_links`); there is no next job, because Slurm refuses
+    what `hpcresume drive` submits, which alone can tell of it."""
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
