@@ -21,6 +21,8 @@ from made_run import make_run
 from oracle import ENVIRON
 from page_server import Served, free_port, served
 
+pytest.importorskip("starlette", reason="the extra web is not installed")
+
 from hpcresume.display.web.access import Gate, own_token
 from hpcresume.display.web.app import PING_S, stream
 from hpcresume.display.web.assets import load_assets
