@@ -1,7 +1,8 @@
 """The loop of train.py over several ranks: each takes its share of a global batch.
 
-`hpcresume submit configs/ddp.yaml` trains it on two nodes. torch.distributed is initialised before
-the function is called: gloo on CPUs, NCCL on GPUs.
+`hpcresume submit configs/ddp.yaml` trains it on two nodes, or on as many as are free (`-N 1-4`): a
+step has the same 96 samples on one rank, on two, three and four. torch.distributed is initialised
+before the function is called: gloo on CPUs, NCCL on GPUs.
 """
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from train import windows
 
 import hpcresume
+
+GLOBAL_BATCH = 96
 
 
 def train(session: hpcresume.Session) -> None:
@@ -24,7 +27,9 @@ def train(session: hpcresume.Session) -> None:
     if session.world_size > 1:
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    loader = session.loader(windows(16), batch_size=32, shuffle=True)
+    loader = session.loader(
+        windows(16), batch_size=GLOBAL_BATCH // session.world_size, shuffle=True
+    )
     session.register(model=model, optimizer=optimizer)
 
     for batch in session.steps(loader):

@@ -23,7 +23,7 @@ from typing import Any
 
 from hpcresume import chain, files, notify
 from hpcresume.chain import Cause, Decision, PastLink
-from hpcresume.config import RunConfig, read_frozen
+from hpcresume.config import RunConfig, node_range, nodes_in_turn, read_frozen
 from hpcresume.display.logging import debug_to, logging_to
 from hpcresume.errors import Fenced, RunLive, Unavailable
 from hpcresume.history import (
@@ -33,13 +33,14 @@ from hpcresume.history import (
     gather,
     past_link,
     past_links,
+    resized,
     verdict_of,
 )
-from hpcresume.journal import Journal, LinkRecords, asking_about
+from hpcresume.journal import Journal, LinkRecords, asking_about, known_step
 from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.scheduler import step
 from hpcresume.scheduler.choice import scheduler_of
-from hpcresume.scheduler.environment import Allocation, allocation
+from hpcresume.scheduler.environment import NODES, Allocation, allocation
 from hpcresume.scheduler.job import JobInfo, JobState, Scheduler
 from hpcresume.scheduler.job_end import JobEnd
 from hpcresume.signals import SignalFlags, listen
@@ -298,9 +299,7 @@ class _Supervisor:
         what is known is old then.
         """
         newest = story.newest.number if story.newest is not None else 0
-        num_tasks = self.job.num_tasks if self.job.scheduler == "slurm" else None
-        wanted = self.config.scheduler.nodes * self.config.scheduler.tasks_per_node
-        self.num_tasks = num_tasks or wanted
+        self.num_nodes, self.num_tasks = self._size(newest + 1)
         claim = {
             "job": self.job.job_id,
             "restart": self.job.restart_count,
@@ -324,7 +323,22 @@ class _Supervisor:
             self.job.node_list or claim["host"],
             f", job {self.job.job_id}" if self.job.job_id else "",
         )
+        other = resized([*story.links, LinkRecords(link.number, claim, [])])
+        if other:
+            log.warning("%s", other)
+            self.journal.write("changed", step=known_step(story.links), change=other)
         return link
+
+    def _size(self, number: int) -> tuple[int, int]:
+        """On how many nodes link `number` has ranks, and how many they are together."""
+        asked = self.config.scheduler
+        least, most = node_range(asked.nodes)
+        nodes = nodes_in_turn(asked.nodes, number)
+        if self.job.scheduler == "slurm" and least != most:
+            nodes = self.job.num_nodes
+        elif self.job.scheduler == "slurm" and self.job.num_tasks is not None:
+            return min(self.job.num_nodes, self.job.num_tasks), self.job.num_tasks
+        return nodes, nodes * asked.tasks_per_node
 
     def _record_found(self, story: Story, history: Sequence[PastLink]) -> None:
         """Record the ends that the links before could not record themselves."""
@@ -375,6 +389,7 @@ class _Supervisor:
             "HPCRESUME_STOP": str(link.stop),
             "HPCRESUME_LEAD_S": f"{self.lead_s:.1f}",
             "HPCRESUME_SAVES_S": " ".join(f"{seconds:.3f}" for seconds in durations),
+            NODES: str(self.num_nodes),
             "HPCRESUME_CRASHES": str(chain.spent(history).crashes),
             "MASTER_ADDR": _master_address(self.job),
             "MASTER_PORT": str(_free_port()),

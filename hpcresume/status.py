@@ -26,6 +26,7 @@ from hpcresume.chain.calendar import (
     ran_and_waited,
 )
 from hpcresume.checkpoint.manifest import Committed, newest_of_run
+from hpcresume.history import resized
 from hpcresume.journal import Record, known_step, lineage
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.job import JobInfo, JobState
@@ -263,7 +264,8 @@ def _state(
     if running is not None:
         if has_no_driver(running):
             return "running", "its driver is gone, so that no job will follow this one"
-        return "running", "ending" if running.state is JobState.COMPLETING else ""
+        ending = running.state is JobState.COMPLETING
+        return "running", "ending" if ending else resized(story.links)
     newest = story.newest
     if newest is not None and story.ended(newest) is None and alive_elsewhere(newest, None, None):
         return "running", "in the foreground"

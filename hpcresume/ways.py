@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from hpcresume.config import RunConfig
+from hpcresume.config import RunConfig, node_range
 from hpcresume.journal import read_submissions
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.doctor.checks_slurm import submit_slots
@@ -73,7 +73,7 @@ def _wishes(config: RunConfig, cluster: str) -> Wishes:
         cluster=cluster,
         mode=config.chain.mode,
         ahead=config.chain.ahead,
-        nodes=config.scheduler.nodes,
+        nodes=node_range(config.scheduler.nodes)[0],
         partition=config.scheduler.partition,
         account=config.scheduler.account,
         qos=config.scheduler.qos,

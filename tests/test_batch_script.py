@@ -90,6 +90,14 @@ def test_every_resource_has_its_option() -> None:
     ]
 
 
+def test_a_range_of_nodes_names_the_tasks_cpus_because_tasks_would_fix_the_least() -> None:
+    config = SchedulerConfig(nodes="2-4", tasks_per_node=4, cpus_per_task=8)
+    assert rendered(config)[:3] == ["--nodes=2-4", "--mincpus=32", "--cpus-per-task=8"]
+    plain = rendered(SchedulerConfig(nodes="2-4"))
+    assert plain[0] == "--nodes=2-4"
+    assert not any(option.startswith(("--ntasks", "--mincpus")) for option in plain)
+
+
 def test_the_links_own_time_counts_more_than_the_configured_one() -> None:
     assert "--time=00:10:00" in rendered(SchedulerConfig(time="2:00:00"), time_s=600)
 

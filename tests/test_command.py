@@ -250,6 +250,28 @@ def test_a_command_dies_with_its_parent_before_anybody_else_looks() -> None:
     assert not pid_alive(pid)
 
 
+_SIZES = """
+echo "ready $RANK of $WORLD_SIZE,"
+[ "$HPCRESUME_LINK" = 3 ] && exit 0
+sleep 1000
+"""
+
+
+def test_of_a_range_of_nodes_each_link_has_the_ranks_that_it_is_given(chain: Chain) -> None:
+    job = script(chain, _SIZES)
+    chain.submit("--nodes=1-2", "--", "bash", job, detach=True)
+    chain.cut(1, signal.SIGTERM, after="ready 0 of 2,")
+    chain.wait(lambda: "ready  of ," in chain.printed(2))
+    state = chain.status()
+    assert (state["state"], state["why"]) == ("running", "1 rank, after 2 in link 1")
+    chain.cut(2, signal.SIGTERM, after="ready")
+    chain.completed()
+    assert "ready 1 of 2," in chain.printed(3, rank=1)
+    said = [record["change"] for record in chain.records("changed")]
+    assert said == ["1 rank, after 2 in link 1", "2 ranks, after 1 in link 2"]
+    assert "1 rank, after 2 in link 1" in chain.run.train_log.read_text()
+
+
 # ---- how it is told, and what it finds ---------------------------------------------------------
 
 _TOLD = """

@@ -588,6 +588,33 @@ def test_finding_in_a_variable_names_the_variable(errors: Callable[..., list[str
     assert found.startswith("SBATCH_TIMELIMIT: scheduler.time: 'soon' is not a time limit")
 
 
+@pytest.mark.parametrize(
+    ("nodes", "found"),
+    [
+        ("4-2", "scheduler.nodes: 4-2: the least comes first, so write 2-4"),
+        ("2-", "scheduler.nodes is '2-'; expected a whole number of at least 1, or a range"),
+        ("0-2", "scheduler.nodes is '0-2'; expected a whole number of at least 1, or a range"),
+        ("many", "scheduler.nodes is 'many'; expected a whole number of at least 1, or a range"),
+    ],
+)
+def test_a_range_of_nodes_that_is_none_is_refused(
+    errors: Callable[..., list[str]], nodes: str, found: str
+) -> None:
+    (said,) = errors(f"scheduler: {{nodes: '{nodes}'}}")
+    assert found in said
+
+
+def test_a_range_of_nodes_has_a_least_and_a_most(load: Load) -> None:
+    assert load("scheduler: {nodes: 2-4}").scheduler.nodes == "2-4"
+    assert config.node_range("2-4") == (2, 4)
+    assert config.node_range(3) == (3, 3)
+
+
+def test_links_on_one_machine_meet_every_size_of_a_range() -> None:
+    assert [config.nodes_in_turn("2-4", number) for number in range(1, 6)] == [4, 3, 2, 4, 3]
+    assert [config.nodes_in_turn(2, number) for number in range(1, 4)] == [2, 2, 2]
+
+
 def test_finding_in_a_flag_names_the_command_line(errors: Callable[..., list[str]]) -> None:
     (found,) = errors("seed: 1", options={"scheduler": {"nodes": 0}})
     assert found.startswith("command line: scheduler.nodes is 0; expected a whole number")

@@ -16,7 +16,7 @@ from hpcresume.files import write_json
 from hpcresume.journal import read_chain
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler import slurm_text
-from hpcresume.scheduler.frozen_options import asked_limit, frozen_options
+from hpcresume.scheduler.frozen_options import asked_limit, asked_nodes, frozen_options
 from hpcresume.scheduler.script import render, script_arguments
 from hpcresume.submit import at_fixed_time, check_ways, ignored_elsewhere
 from hpcresume.successors import job_spec, note_queued, too_late
@@ -203,6 +203,23 @@ def test_the_limit_that_was_asked_for_is_found_where_it_was_named(
     line: str, environ: dict[str, str], script: str, limit: str | None
 ) -> None:
     assert asked_limit(line, environ, script) == limit
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "nodes"),
+    [
+        ("#SBATCH --nodes=2-4", "", "2-4"),
+        ("#SBATCH -N 2-4  # some", "sbatch x.sh", "2-4"),
+        ("#SBATCH --nodes=2-4", "sbatch -N3 x.sh", None),
+        ("#SBATCH --nodes=2-4", "sbatch --nodes 3-8 x.sh", "3-8"),
+        ("#SBATCH --nodes=2", "", None),
+        ("echo --nodes=2-4", "", None),
+    ],
+)
+def test_the_range_of_nodes_of_a_script_is_found_which_slurm_does_not_keep(
+    script: str, line: str, nodes: str | None
+) -> None:
+    assert asked_nodes(script, lambda: line) == nodes
 
 
 # ---- too late --------------------------------------------------------------------------------

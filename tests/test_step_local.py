@@ -223,6 +223,12 @@ def test_srun_takes_no_more_nodes_than_ranks() -> None:
     assert "--nodes=1" in srun_command(job, {}, "x", num_tasks=1)
 
 
+def test_srun_is_told_how_many_ranks_a_node_gets_where_the_job_could_not_say() -> None:
+    job = Allocation(scheduler="slurm", job_id="1", num_nodes=3)
+    assert "--ntasks-per-node=2" in srun_command(job, {}, "x", num_tasks=6, each=2)
+    assert not any("per-node" in word for word in srun_command(job, {}, "x", num_tasks=6))
+
+
 def test_debug_mode_runs_the_link_here_and_gives_its_result(tmp_path: Path) -> None:
     text = (
         "import sys; from pathlib import Path\n"

@@ -172,6 +172,16 @@ def test_link_that_lives_after_others_is_not_confused_with_their_end(
     assert [line["cause"] for line in document["chain"]] == ["user code", "running"]
 
 
+def test_another_number_of_ranks_than_before_is_told(runs: Path, said: Said) -> None:
+    run = make_run(runs)
+    ended(add_link(run, num_tasks=4), "deadline")
+    assert "ranks" not in dict(told(said, "toy")["facts"])
+    ended(add_link(run, num_tasks=4), "deadline")
+    assert "ranks" not in dict(told(said, "toy")["facts"])
+    add_link(run, **this_process(), job=None, foreground=True, num_tasks=2)
+    assert dict(told(said, "toy")["facts"])["ranks"] == "2 ranks, after 4 in link 2"
+
+
 # ---- the evidence --------------------------------------------------------------------------
 
 TRACEBACK = """\

@@ -15,7 +15,7 @@ import click
 
 from hpcresume import files
 from hpcresume.cli.options import root_of, runs_option
-from hpcresume.config import RunConfig, default_path, load, parse_time
+from hpcresume.config import RunConfig, default_path, load, node_range, parse_time
 from hpcresume.display.terminal import WIDEST, styled, terminal_width, wrapped
 from hpcresume.scheduler.choice import chosen_cluster
 from hpcresume.scheduler.doctor import disk, questions
@@ -201,7 +201,7 @@ def _wishes(settings: RunConfig, root: Path) -> Wishes:
         mode=settings.chain.mode,
         ahead=settings.chain.ahead,
         time_s=None if scheduler.time is None else parse_time(scheduler.time),
-        nodes=scheduler.nodes,
+        nodes=node_range(scheduler.nodes)[0],
         partition=scheduler.partition,
         account=scheduler.account,
         qos=scheduler.qos,

@@ -38,7 +38,7 @@ from hpcresume.scheduler.doctor.way import Way
 @click.option("-p", "--partition", help="Partition, or several with commas.")
 @click.option("-A", "--account", help="Account that is charged.")
 @click.option("-q", "--qos", help="Quality of service.")
-@click.option("-N", "--nodes", type=int, help="Nodes of each job.")
+@click.option("-N", "--nodes", metavar="N", help="Nodes of each job: 2, or 2-4: what is free.")
 @click.option("--tasks-per-node", type=int, help="Ranks on each node.")
 @click.option("--cpus-per-task", type=int, help="CPU cores of each rank.")
 @click.option("--gpus-per-node", help="GPUs on each node: 4, or a100:4.")
@@ -129,8 +129,9 @@ def _options(flags: dict[str, Any]) -> dict[str, Any]:
         "tasks_per_node",
     )
     scheduler = {name: flags[name] for name in (*names, "cpus_per_task", "gpus_per_node", "mem")}
-    gpus = scheduler["gpus_per_node"]
-    scheduler["gpus_per_node"] = int(gpus) if gpus and gpus.isdigit() else gpus
+    for name in ("nodes", "gpus_per_node"):
+        if (scheduler[name] or "").isdigit():
+            scheduler[name] = int(scheduler[name])
     sbatch: dict[str, Any] = {}
     for pair in flags["extra"]:
         key, separator, value = pair.partition("=")

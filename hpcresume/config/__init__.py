@@ -6,7 +6,8 @@ into the run directory with `dump`; a link reads that alone, with `read_frozen`.
 is said at once: one ConfigError, one sentence for each finding, naming file and line.
 
 Imports point one way: loading -> variables -> layers -> schema, loading -> checks -> advice ->
-schema, changes -> schema. times, yaml_text and wording know no setting and serve all of them.
+schema, changes -> schema. nodes, times, yaml_text and wording know no setting and serve all of
+them.
 The names are loaded when they are first used: who asks for the schema does not wait for YAML.
 """
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpcresume.config.changes import difference
     from hpcresume.config.loading import default_path, dump, from_mapping, load, read_frozen
+    from hpcresume.config.nodes import node_range, nodes_in_turn
     from hpcresume.config.schema import (
         ChainConfig,
         CheckpointConfig,
@@ -56,6 +58,8 @@ __all__ = [
     "from_mapping",
     "load",
     "local_moment",
+    "node_range",
+    "nodes_in_turn",
     "parse_moment",
     "parse_time",
     "read_frozen",
@@ -72,6 +76,8 @@ _HOMES = {
     "format_moment": "times",
     "format_time": "times",
     "local_moment": "times",
+    "node_range": "nodes",
+    "nodes_in_turn": "nodes",
     "parse_moment": "times",
     "parse_time": "times",
 }

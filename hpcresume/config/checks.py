@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from hpcresume.config.advice import alternatives, bare, describe, meant_key, meant_word
+from hpcresume.config.nodes import node_range
 from hpcresume.config.times import parse_moment, parse_time
 from hpcresume.config.wording import KeyPath, dotted, show
 from hpcresume.config.yaml_text import MAX_DEPTH
@@ -41,8 +42,9 @@ _FIELD_OF_OPTION = {
     "time-min": "time_min",
 }
 
-#: Fields whose text is a time, and what reads it.
-_TIMES: dict[KeyPath, Callable[[str], object]] = {
+#: Fields whose text has a form of its own, and what reads it.
+_READERS: dict[KeyPath, Callable[[str], object]] = {
+    ("scheduler", "nodes"): node_range,
     ("scheduler", "time"): parse_time,
     ("scheduler", "time_min"): parse_time,
     ("scheduler", "deadline"): functools.partial(parse_moment, now=0.0),
@@ -107,7 +109,7 @@ def _check_word(value: Any, wanted: Any, path: KeyPath, report: Report) -> Any:
         found = f"{dotted(path)} is {show(value)}"
         report(path, f"{found}; expected {describe(wanted)}{advice}")
         return value
-    read = _TIMES.get(path)
+    read = _READERS.get(path)
     if read is not None and value is not None:
         try:
             read(value)

@@ -24,6 +24,12 @@ _Url = Annotated[
     str,
     msgspec.Meta(pattern=r"\Ahttps?://[^\s/]+(/\S*)?\Z", description="an http(s) address"),
 ]
+_NodeRange = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"\A[1-9][0-9]{0,5}-[1-9][0-9]{0,5}\Z", description='a range of numbers ("2-4")'
+    ),
+]
 _Name = Annotated[
     str,
     msgspec.Meta(
@@ -124,8 +130,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     deadline: _Line | None = None
     """When the chain's last job must be over: "2026-12-24T18:00", "18:00", "now+3days" (from submit
     on; see parse_moment). Slurm starts no job that could not end before it; null: none."""
-    nodes: _AtLeast1 = 1
-    """Nodes of one job."""
+    nodes: _AtLeast1 | _NodeRange = 1
+    """Nodes of one job; "2-4": as many of them as are free when it starts, so that links have
+    different numbers of ranks (see docs/exact-resume.md)."""
     tasks_per_node: _AtLeast1 = 1
     """Ranks on each node."""
     cpus_per_task: _AtLeast1 | None = None

@@ -29,6 +29,8 @@ PLACE_VARIABLES = frozenset(
 #: Set by the local driver for its jobs; a job of Slurm must not inherit them.
 JOB_VARIABLES = frozenset({"HPCRESUME_JOB", "HPCRESUME_JOB_KEY", "HPCRESUME_JOB_END"})
 
+#: Tells a rank on how many nodes its link has ranks.
+NODES = "HPCRESUME_NODES"
 #: Tells a rank the step after which its link saves and leaves.
 STOP_AT = "HPCRESUME_STOP_AT"
 

@@ -7,7 +7,7 @@ with the same script and these options, so that it gets the same job. Used by `s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from hpcresume.config import format_moment, parse_time
 from hpcresume.errors import ConfigError
@@ -99,6 +99,23 @@ def asked_limit(submit_line: str, environ: Mapping[str, str], script: str) -> st
                 continue  # A word of something else.
             return str(value)
     return None
+
+
+_NODES_OPTION = re.compile(r"(?:^|\s)(?:--nodes(?:=|\s+)|-N\s*)(\S+)")
+_RANGE = re.compile(r"\d+-\d+")
+
+
+def asked_nodes(script: str, submit_line: Callable[[], str]) -> str | None:
+    """The range of nodes that a job's script asks for, of which Slurm keeps what it gave.
+
+    None where it asks for none, or where `submit_line`, read only then, names another number.
+    """
+    lines = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    found = [value for line in lines for value in _NODES_OPTION.findall(line)]
+    if not found or not _RANGE.fullmatch(found[-1]):
+        return None
+    named = [*found, *_NODES_OPTION.findall(submit_line())][-1]
+    return named if _RANGE.fullmatch(named) else None
 
 
 def _tasks(fields: Mapping[str, str], environ: Mapping[str, str] | None) -> list[str]:

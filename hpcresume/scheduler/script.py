@@ -15,6 +15,7 @@ from hpcresume.config import (
     SchedulerConfig,
     format_time,
     local_moment,
+    node_range,
     parse_time,
 )
 from hpcresume.errors import ConfigError
@@ -132,10 +133,18 @@ def container_prefix(config: ContainerConfig | None, run: Path) -> tuple[list[st
 
 
 def _resources(config: SchedulerConfig) -> Options:
-    """What each job asks for."""
+    """What each job asks for.
+
+    Of a range Slurm gives the least wherever the tasks are named, which fit into that; so their
+    CPUs are, on each node, and `step` places the ranks.
+    """
+    least, most = node_range(config.nodes)
+    cpus = config.tasks_per_node * (config.cpus_per_task or 1)
+    ranged = least != most
     asked = {
         "nodes": config.nodes,
-        "ntasks-per-node": config.tasks_per_node,
+        "ntasks-per-node": None if ranged else config.tasks_per_node,
+        "mincpus": cpus if ranged and cpus > 1 else None,
         "cpus-per-task": config.cpus_per_task,
         "gpus-per-node": config.gpus_per_node,
         "mem": config.mem,

@@ -18,7 +18,7 @@ from hpcresume.config import SchedulerConfig
 from hpcresume.errors import SubmissionRejected, Unavailable
 from hpcresume.scheduler import hardware, process, script, slurm_text
 from hpcresume.scheduler.environment import JOB_VARIABLES, PLACE_VARIABLES, node_names
-from hpcresume.scheduler.frozen_options import asked_limit, frozen_options
+from hpcresume.scheduler.frozen_options import asked_limit, asked_nodes, frozen_options
 from hpcresume.scheduler.hardware import Hardware
 from hpcresume.scheduler.job import JobInfo, JobSpec, JobState
 from hpcresume.scheduler.slurm_clients import SlurmClients, is_end
@@ -277,6 +277,9 @@ class SlurmScheduler:
             line = self._clients.submit_line(job_id)
             asked = asked_limit(line, self._environ, done.out)
             fields["TimeLimit"] = asked or fields["TimeLimit"]
+        nodes = asked_nodes(done.out, lambda: self._clients.submit_line(job_id))
+        if nodes is not None:
+            fields["NumNodes"] = nodes
         return done.out, frozen_options(fields, self._environ)
 
     # ---- changing ------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from hpcresume.config import SchedulerConfig
+from hpcresume.config import SchedulerConfig, node_range
 from hpcresume.errors import ConfigError, Unavailable
 from hpcresume.scheduler import process, slurm_text
 from hpcresume.scheduler.environment import PLACE_VARIABLES, Allocation
@@ -92,7 +92,9 @@ def start(
             raise ConfigError("scheduler.container.runtime: pyxis needs Slurm; try apptainer.")
         return _LocalStep(_start_processes(command, environment, log, num_tasks))
     output = output_pattern(log("%t"))
-    srun = srun_command(allocation, environment, output, num_tasks)
+    least, most = node_range(config.nodes)
+    each = config.tasks_per_node if least != most else None
+    srun = srun_command(allocation, environment, output, num_tasks, each)
     # srun's own words go where this process's do: into the log of the job.
     spawned = process.spawn([*srun, *srun_options, *command], environ=environment, output=_STDERR)
     assert allocation.job_id is not None
@@ -100,9 +102,15 @@ def start(
 
 
 def srun_command(
-    allocation: Allocation, environ: Mapping[str, str], output: str, num_tasks: int
+    allocation: Allocation,
+    environ: Mapping[str, str],
+    output: str,
+    num_tasks: int,
+    each: int | None = None,
 ) -> list[str]:
     """srun and its options, but for the container's.
+
+    `each`: how many ranks a node gets, where the job itself could not name them.
 
     Memory, GPUs and tasks per node are the job's: srun takes them from the environment of the
     batch script, as it does all that is not said here. So no SLURM_* variable is removed for it.
@@ -120,6 +128,8 @@ def srun_command(
     # From 22.05 on srun does not inherit this one, and would give every rank a single CPU.
     if environ.get("SLURM_CPUS_PER_TASK"):
         options["cpus-per-task"] = environ["SLURM_CPUS_PER_TASK"]
+    if each is not None:
+        options["ntasks-per-node"] = each
     return ["srun", "--unbuffered", *(f"--{name}={value}" for name, value in options.items())]
 
 

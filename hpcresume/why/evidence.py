@@ -9,6 +9,7 @@ from typing import Any
 
 from hpcresume.chain import PastLink
 from hpcresume.display.tables import ago, day_and_hour, late_words
+from hpcresume.history import resized
 from hpcresume.status import fell_back
 from hpcresume.training.progress import clock
 from hpcresume.why.view import View, node_of, told
@@ -76,6 +77,8 @@ def facts(view: View) -> list[tuple[str, str]]:
         found += _failure_facts(last, str(view.story.run.code))
     if view.shown is not None:
         found.append(("link", _link_words(view)))
+    if resized(view.story.links):
+        found.append(("ranks", resized(view.story.links)))
     found.append(("saved", _saved(view)))
     if fell_back(view.story):
         found.append(("note", fell_back(view.story)))

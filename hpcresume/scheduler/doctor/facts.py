@@ -52,6 +52,7 @@ class Wishes:
     ahead: int = 2
     time_s: int | None = None
     nodes: int = 1
+    """The least that a job must have."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
