@@ -239,6 +239,11 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
+    def framework(self) -> Path:
+        """What a training framework saves for us where its script names no place."""
+        return self.path / "framework"
+
+    @property
     def train_log(self) -> Path:
         """The log of all links in one file."""
         return self.path / "train.log"

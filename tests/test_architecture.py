@@ -45,6 +45,7 @@ HOMES = {
     "yaml": "config/yaml_text.py",
     "msgspec": "config",
     "rich": "display",
+    "lightning": "adapters/lightning",
     "submitit": "scheduler/launcher.py",
     "click": "cli",
     "subprocess": "scheduler/process.py",

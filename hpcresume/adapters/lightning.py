@@ -1,0 +1,446 @@
+"""A Lightning training that chains: `Trainer(callbacks=[HpcResumeCallback()])`.
+
+Between two steps the callback asks whether to stop, has the Trainer save, vouches for the file, and
+leaves; the next start goes on from the newest file that is whole. Data and random state go along,
+so that a training which was cut ends as one that was not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from hpcresume.adapters.guest import Guest, Left, nothing_left
+from hpcresume.adapters.lightning_inside import Inside, is_fitting
+from hpcresume.adapters.lightning_log import Told
+from hpcresume.adapters.lightning_state import Restoring, capture
+from hpcresume.adapters.resumable import ResumableBatches, Turn
+from hpcresume.adapters.vouched import Newest, newest, read_voucher, voucher_path
+from hpcresume.scheduler.environment import RankPlace
+from hpcresume.training.distributed import EXCHANGE_S, Agreement, Ranks
+
+log = logging.getLogger("hpcresume.lightning")
+
+_KEY = "hpcresume"
+_STEP = re.compile(r"step[=-](\d+)")
+#: Of the callback's own files so many of the newest are kept.
+_KEEP = 2
+#: At the beginning of an epoch it saves when this part of `every_min` has passed.
+_AT_EPOCHS = 0.1
+#: Where in a step a checkpoint was saved: between two, or in a hook at the end of a batch or epoch.
+_BETWEEN, _BATCH, _EPOCH = "between steps", "batch end", "epoch end"
+
+
+class HpcResumeCallback(Callback):
+    """Makes `trainer.fit` resumable, bit for bit, over any number of jobs.
+
+    `every_n_steps` and `every_min` (minutes; a tenth of them at the beginning of an epoch) say how
+    often it saves besides, at a step boundary, for the case that a job is killed; None: never.
+    `dirpath` is where; None: in the run's directory.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_steps: int | None = None,
+        every_min: float | None = 30.0,
+        dirpath: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._every_n_steps = every_n_steps
+        self._every_min = every_min
+        self._dirpath = None if dirpath is None else Path(dirpath).absolute()
+        self._inside: Inside | None = None
+        self._guest: Guest | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._began = False
+        self._at: Turn | None = None
+        self._moment = _BETWEEN
+        self._restoring: Restoring | None = None
+        self._stepped_at = -1
+        self._wish = False
+        self._completed = False
+        self._saved_at = 0
+        self._saved_time = self._step_time = time.monotonic()
+
+    # ---- before the first step ---------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See Callback: take part in a fit, from before Lightning looks for a checkpoint."""
+        if not is_fitting(trainer):
+            return
+        self._start_anew()
+        self._loaded = None
+        self._guest = Guest(os.environ, rank=trainer.global_rank)
+        self._guest.listen()
+        self._told = Told(self._guest, every_steps=trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        self._ranks = _ranks(trainer)
+        self._agreement = Agreement(self._ranks)
+        # As the script has seeded it; of rank 0, because all ranks share one order.
+        self._seed = int(self._ranks.broadcast(torch.initial_seed() % 2**63))
+        self._folder = trainer.strategy.broadcast(str(self._own_folder(trainer)))
+        if self._inside is None or self._inside.trainer is not trainer:
+            self._inside = Inside(trainer, self)
+
+    def _own_folder(self, trainer: Trainer) -> Path:
+        assert self._guest is not None
+        if self._dirpath is not None:
+            return self._dirpath
+        if self._guest.run is not None:
+            return self._guest.run.framework
+        # The same command line goes on with the same training.
+        name = xxhash.xxh3_64_hexdigest("\0".join(sys.argv).encode())[:8]
+        return Path(trainer.default_root_dir).absolute() / "hpcresume" / name
+
+    def choose(self, trainer: Trainer, given: Any) -> Any:
+        """What to resume from, given what the script says: the newest of this run that is whole."""
+        assert self._guest is not None
+        if self._guest.rank == 0:
+            found, step, words = self._look(trainer, given)
+            self._guest.began(step, found, looked_in=Path(self._folder), words=words)
+            path = str(found.path) if found.path is not None else None
+        else:
+            path = None
+        path = self._ranks.broadcast(path)
+        return given if path is None and given and not _local(given) else path
+
+    def _look(self, trainer: Trainer, given: Any) -> tuple[Newest, int, str]:
+        """The newest, its step, and why there is none."""
+        guest = self._guest
+        assert guest is not None
+        found = newest(self._candidates(trainer))
+        if found.path is not None and found.voucher is not None:
+            return found, found.voucher.step, ""
+        known = guest.known_step()
+        if known and guest.run is not None:
+            raise nothing_left(guest.run, known, Path(self._folder))
+        if given and not _local(given):
+            return found, 0, f"Lightning loads {given}"
+        if given:
+            older = newest([Path(given), *_plain(Path(given).parent, but=Path(given))])
+            passed_over = [*found.passed_over, *older.passed_over]
+            found = Newest(path=older.path, voucher=older.voucher, passed_over=passed_over)
+            if found.path is None:
+                # Lightning says better what is wrong with what the script names.
+                found = Newest(path=Path(given), passed_over=found.passed_over)
+            assert found.path is not None
+            voucher = found.voucher
+            return found, voucher.step if voucher else _number(found.path), ""
+        left = [path for folder in _folders(trainer) for path in _plain(folder)]
+        words = f"no checkpoint of this run in {self._folder}"
+        if left:
+            words += (
+                f"; {left[0]} is another training's: give trainer.fit(ckpt_path=...) to go on "
+                f"from it"
+            )
+        return found, 0, words
+
+    def _candidates(self, trainer: Trainer) -> list[Path]:
+        """This run's files: those that continue exactly before all others, the newest first."""
+        assert self._guest is not None
+        found = [(True, _number(path), path) for path in _saved_in(Path(self._folder))]
+        for folder in _folders(trainer):
+            for path in _saved_in(folder):
+                try:
+                    voucher = read_voucher(path)
+                except ValueError:
+                    continue
+                if voucher is not None and self._guest.owns(voucher):
+                    found.append((bool(voucher.about.get("exact")), voucher.step, path))
+        return [path for _, _, path in sorted(found, reverse=True)]
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """See Callback: keep what was saved until it can be put back."""
+        if trainer.state.fn != "fit" or self._guest is None:
+            return
+        self._loaded = checkpoint.get(_KEY)
+        self._saved_at = int(checkpoint["global_step"])
+        if self._loaded is None:
+            log.warning(
+                "the checkpoint was saved without HpcResumeCallback: it holds no random state and "
+                "no place in the data, so that only what follows will be exact"
+            )
+            return
+        self._seed = int(self._loaded["seed"])
+        for name, was in (("ranks", len(self._loaded["ranks"])),):
+            if was != self._ranks.world_size:
+                log.warning(
+                    "the checkpoint was saved by %d %s, and %d go on: the training is another one "
+                    "from here",
+                    was,
+                    name,
+                    self._ranks.world_size,
+                )
+        if not self._loaded["exact"]:
+            log.warning(
+                "the checkpoint was saved in a hook of Lightning (%s): what was still to be done "
+                "in that step is left out, so that what follows may differ",
+                self._loaded["moment"],
+            )
+
+    def batches(self, trainer: Trainer, loader: Any) -> ResumableBatches:
+        """A training loader as one that can be resumed."""
+        shared = getattr(trainer._accelerator_connector, "use_distributed_sampler", True)
+        return ResumableBatches(
+            loader,
+            seed=self._seed,
+            rank=self._ranks.rank if shared else 0,
+            world_size=self._ranks.world_size if shared else 1,
+            turn=lambda: _turn(trainer),
+            before=lambda: self._between_batches(trainer),
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See Callback."""
+        if self._guest is None or self._inside is None:
+            return
+        self._inside.take_signals_back()
+        self._inside.place_loaders()
+        self._began = True
+        if self._loaded is None:
+            return
+        if self._ranks.rank < len(self._loaded["ranks"]):
+            self._restoring = Restoring(self._loaded["ranks"][self._ranks.rank])
+            self._restoring.start(trainer)
+            if self._loaded["moment"] == _EPOCH:
+                self._restoring.end_epoch()
+        if self._loaded["moment"] == _BETWEEN:
+            self._inside.hold_plateaus()
+        if self._loaded["completed"]:
+            trainer.should_stop = True
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See Callback: what was saved at an epoch's end goes on here."""
+        if self._loaded is not None and self._loaded["moment"] == _EPOCH:
+            self._begin(trainer)
+
+    def _begin(self, trainer: Trainer) -> None:
+        """Just before the first batch: everything else of the start has drawn what it drew."""
+        loaded, self._loaded = self._loaded, None
+        self._saved_time = self._step_time = time.monotonic()
+        if loaded is None:
+            return
+        assert self._inside is not None
+        self._inside.go_on(loaded["logged"] if loaded["moment"] == _BETWEEN else None)
+        if self._restoring is not None:
+            for sentence in self._restoring.begin(trainer.lightning_module):
+                log.warning("%s", sentence)
+
+    # ---- steps -------------------------------------------------------------------------------
+
+    def _between_batches(self, trainer: Trainer) -> None:
+        """Called before each batch is fetched: nothing of the one before is under way."""
+        turn = _turn(trainer)
+        if not self._began or turn == self._at:
+            return
+        first, self._at, self._moment = self._at is None, turn, _BETWEEN
+        if first:
+            self._begin(trainer)
+        step = trainer.global_step
+        if step == self._stepped_at:
+            # Gradients are being added up: no optimizer has made a step.
+            return
+        self._stepped_at = step
+        assert self._guest is not None
+        now = time.monotonic()
+        # How long a step takes is known after the first one: until then the ranks meet at each.
+        took = EXCHANGE_S if first else now - self._step_time
+        self._step_time = now
+        self._told.progress(trainer)
+        reason = self._guest.why_stop()
+        self._wish = self._wish or self._due(turn, now)
+        stop, save = self._agreement.exchange(
+            step, stop=reason is not None, save=self._wish, step_s=took
+        )
+        # What is counted, all ranks see alike.
+        counted = self._every_n_steps is not None and step % self._every_n_steps == 0
+        if (stop or save or counted) and step > self._saved_at:
+            self._save(trainer)
+        if stop:
+            self._agreement.settle()
+            self._guest.leaves(step, reason or "another rank was asked to stop")
+            raise Left
+
+    def _due(self, turn: Turn, now: float) -> bool:
+        if self._every_min is None:
+            return False
+        part = 1.0 if turn.consumed else _AT_EPOCHS
+        return now - self._saved_time >= 60 * self._every_min * part
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """See Callback."""
+        if not self._began:
+            return
+        self._moment = _BATCH
+        if self._restoring is not None:
+            self._restoring.after_batch(trainer)
+        self._told.step(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See Callback."""
+        if self._began:
+            self._told.metrics(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See Callback."""
+        if not self._began:
+            return
+        self._moment = _EPOCH
+        if self._restoring is not None:
+            self._restoring.end_epoch()
+            self._restoring = None
+        self._told.metrics(trainer)
+
+    # ---- saves -------------------------------------------------------------------------------
+
+    def _save(self, trainer: Trainer, *, completed: bool = False) -> None:
+        self._completed = completed
+        # What a checkpoint follows on must be on the disk with it.
+        self._told.flush()
+        path = Path(self._folder) / f"step-{trainer.global_step}.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
+        self._saved_at = trainer.global_step
+        self._saved_time = time.monotonic()
+        self._wish = False
+        if self._ranks.rank == 0:
+            for old in _saved_in(Path(self._folder))[_KEEP:]:
+                trainer.strategy.remove_checkpoint(old)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """See Callback: what Lightning leaves out, of every rank; on all of them at once."""
+        if not self._began or self._inside is None:
+            return
+        checkpoint[_KEY] = {
+            "seed": self._seed,
+            "moment": self._moment,
+            "exact": self._exact(trainer),
+            "completed": self._completed,
+            "logged": self._inside.logged(),
+            "ranks": self._ranks.gather(capture(trainer, pl_module)),
+        }
+
+    def saved(self, trainer: Trainer, path: Path, seconds: float) -> None:
+        """The Trainer has saved: vouch for it, and tell."""
+        if self._ranks.rank == 0 and self._guest is not None and self._began:
+            self._guest.saved(trainer.global_step, path, seconds, {"exact": self._exact(trainer)})
+
+    def _exact(self, trainer: Trainer) -> bool:
+        """Whether a checkpoint that is saved now leaves nothing of the step to be done."""
+        if self._moment != _BATCH:
+            return self._moment == _BETWEEN
+        assert self._inside is not None
+        overridden = is_overridden("on_train_batch_end", trainer.lightning_module)
+        return not overridden and self._inside.is_plain_step()
+
+    # ---- the end -----------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See Callback: a last checkpoint, so that what follows can be repeated."""
+        if not self._began:
+            return
+        self._agreement.settle()
+        if trainer.global_step > self._saved_at:
+            self._save(trainer, completed=True)
+        self._told.flush()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See Callback: training has come to its end by itself."""
+        if self._guest is None:
+            return
+        words = "it has stopped by itself" if trainer.should_stop else "fit has come to its end"
+        self._guest.completed(trainer.global_step, words)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See Callback."""
+        self._leave()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """See Callback."""
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._guest is not None:
+            self._guest.unlisten()
+        self._guest = None
+        self._began = False
+
+
+def _ranks(trainer: Trainer) -> Ranks:
+    """The ranks of a Trainer, which may have chosen another GPU than we would."""
+    place = RankPlace(
+        rank=trainer.global_rank, world_size=trainer.world_size, local_rank=trainer.local_rank
+    )
+    ranks = Ranks(place)
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.set_device(trainer.strategy.root_device)
+    return ranks
+
+
+def _turn(trainer: Trainer) -> Turn:
+    return Turn(epoch=trainer.current_epoch, consumed=trainer.fit_loop.batch_idx + 1)
+
+
+def _local(path: Any) -> bool:
+    return "://" not in str(path)
+
+
+def _folders(trainer: Trainer) -> list[Path]:
+    """Where the Trainer's own callbacks save, and where they did in links before.
+
+    A logger numbers its folders anew in each process: lightning_logs/version_3/checkpoints.
+    """
+    found: dict[Path, None] = {}
+    for callback in trainer.checkpoint_callbacks:
+        dirpath = getattr(callback, "dirpath", None)
+        if not isinstance(callback, ModelCheckpoint) or not dirpath or not _local(dirpath):
+            continue
+        folder = Path(dirpath)
+        found[folder] = None
+        if folder.parent.name.startswith("version_"):
+            siblings = folder.parent.parent.glob(f"version_*/{folder.name}")
+            found |= dict.fromkeys(sorted(siblings))
+    return list(found)
+
+
+def _saved_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the highest step first."""
+    try:
+        names = [name for name in os.listdir(folder) if name.endswith(".ckpt")]
+    except OSError:
+        return []
+    return sorted((folder / n for n in names), key=lambda path: (_number(path), path), reverse=True)
+
+
+def _plain(folder: Path, but: Path | None = None) -> Iterator[Path]:
+    """Files without a voucher, the newest first."""
+    for path in _saved_in(folder):
+        if path != but and not voucher_path(path).exists():
+            yield path
+
+
+def _number(path: Path) -> int:
+    """The step in a file's name; 0 where there is none."""
+    found = _STEP.findall(path.name)
+    return int(found[-1]) if found else 0

@@ -1,0 +1,571 @@
+"""A Lightning training with our callback: cut anywhere, it ends as one that was not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_run import add_link, make_run
+from oracle import ENVIRON
+from test_command import Chain, chain
+
+from hpcresume import files
+from hpcresume.errors import CheckpointError
+from hpcresume.run_dir import RunDir
+
+# What we use lies in Lightning; what it warns of here is its own, torch's and the platform's.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    lightning = pytest.importorskip("lightning", reason="needs the extra: pip install lightning")
+    pytest.importorskip("sklearn", reason="the example's data come with scikit-learn")
+    import numpy as np
+    import torch
+    import torchmetrics
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    from torch import nn
+    from torch.optim import lr_scheduler
+    from torch.utils.data import DataLoader, IterableDataset
+
+    from hpcresume.adapters.lightning import HpcResumeCallback
+    from hpcresume.adapters.resumable import ResumableBatches, Turn
+
+__all__ = ["chain"]
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+EXAMPLE = "lightning_module.py"
+pytestmark = pytest.mark.filterwarnings("ignore")
+#: Batches of an epoch of these tests.
+PER_EPOCH = 7
+
+
+@pytest.fixture(autouse=True)
+def _in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    state = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(state)
+    assert {s: signal.getsignal(s) for s in before} == before, "handlers are put back"
+
+
+class Crash(Exception):
+    """What ends a process in these tests without warning."""
+
+
+class Model(lightning.LightningModule):
+    """Draws random numbers wherever a user might, and counts what a user might."""
+
+    def __init__(self, cut: tuple[int, str] | None, plateau: str | None = None) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(64, 8), nn.Dropout(0.2), nn.BatchNorm1d(8))
+        self.head = nn.Linear(8, 10)
+        self.average = nn.Linear(8, 10).requires_grad_(False)
+        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=10)
+        self.cut = cut
+        self.plateau = plateau
+        self.epochs: dict[int, Any] = {}
+        self.validations: dict[int, float] = {}
+
+    def training_step(self, batch: Any) -> torch.Tensor:
+        number, how = self.cut or (0, "")
+        if number == self.trainer.fit_loop.total_batch_idx + 1:
+            if how == "crash":
+                raise Crash
+            os.kill(os.getpid(), signal.SIGTERM)
+        images, labels = batch
+        out = self.head(self.model(images))
+        loss = nn.functional.cross_entropy(out, labels)
+        self.accuracy(out.detach(), labels)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log("worst", loss, on_step=False, on_epoch=True, reduce_fx="max")
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        with torch.no_grad():
+            noise = 0.01 * torch.randn(10, 8)
+            self.average.weight.mul_(0.9).add_(0.1 * self.head.weight + noise)
+
+    def on_train_epoch_start(self) -> None:
+        np.random.rand(2)
+        torch.rand(1)
+
+    def on_train_epoch_end(self) -> None:
+        seen = self.trainer.callback_metrics
+        values = [float(seen[name]) for name in ("loss_epoch", "worst", "accuracy")]
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.epochs[self.current_epoch] = (*values, rate, self.global_step)
+
+    def validation_step(self, batch: Any) -> None:
+        images, labels = batch
+        loss = nn.functional.cross_entropy(self.head(self.model(images)), labels)
+        self.log("val_loss", loss + 0.3 * torch.rand(()))
+
+    def on_validation_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.validations[self.global_step] = float(self.trainer.callback_metrics["val_loss"])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
+        if self.plateau is not None:
+            scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+            watched = {"monitor": "val_loss", "interval": self.plateau, "strict": False}
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **watched}}
+        steps = int(self.trainer.estimated_stepping_batches)
+        if steps < 0:
+            return optimizer
+        rising = lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps + 1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rising, "interval": "step"}}
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Iterator[Any]:
+        digits = images(100)
+        yield from (digits[index] for index in torch.randperm(100).tolist())
+
+
+def images(count: int) -> Any:
+    from lightning_module import Digits
+
+    return Digits(count)
+
+
+class Training:
+    """A script's `fit`, started again and again, each time as a process would start it."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.folder = folder
+        self.plateau = options.pop("plateau", None)
+        self.stream = options.pop("stream", False)
+        self.workers = options.pop("workers", 0)
+        self.callbacks: Callable[[], list[Any]] = options.pop("callbacks", list)
+        self.every = options.pop("every", None)
+        self.ours = options.pop("ours", True)
+        self.options = {"max_epochs": 3, **options}
+        self.epochs: dict[int, Any] = {}
+        self.validations: dict[int, float] = {}
+
+    def link(self, cut: tuple[int, str] | None = None, **fit: Any) -> Any:
+        """Train until the cut, or to the end; the Trainer, or None where it was cut."""
+        lightning.seed_everything(1, verbose=False)
+        data = Stream() if self.stream else images(100)
+        loader = DataLoader(
+            data, batch_size=16, shuffle=not self.stream or None, num_workers=self.workers
+        )
+        callbacks = self.callbacks()
+        saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+        if self.ours:
+            callbacks.append(HpcResumeCallback(every_n_steps=self.every))
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=1,
+            default_root_dir=self.folder,
+            logger=False,
+            enable_checkpointing=saves,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=callbacks,
+            **self.options,
+        )
+        model = Model(cut, self.plateau)
+        left: Any = None
+        try:
+            trainer.fit(model, loader, DataLoader(images(40), batch_size=16, shuffle=True), **fit)
+        except (Crash, SystemExit) as error:
+            left = error
+        assert getattr(left, "code", 0) == 0
+        self.epochs |= model.epochs
+        self.validations |= model.validations
+        return None if left else trainer
+
+    def result(self, trainer: Any) -> dict[str, Any]:
+        """All that must not depend on cuts."""
+        found = {name: value.tolist() for name, value in trainer.model.state_dict().items()}
+        for number, state in trainer.optimizers[0].state_dict()["state"].items():
+            found |= {f"{number}.{name}": value.tolist() for name, value in state.items()}
+        return found | {
+            "step": trainer.global_step,
+            "epochs": self.epochs,
+            "validations": self.validations,
+        }
+
+
+def through(training: Training, *cuts: tuple[int, str]) -> dict[str, Any]:
+    for cut in cuts:
+        assert training.link(cut) is None, f"not cut at {cut}"
+    return training.result(training.link())
+
+
+STOP, CRASH = "stop", "crash"
+#: Batches at which to cut: in an accumulation group, at the end of an epoch, and three in a row.
+CUTS = {
+    "in a group": [(1, STOP)],
+    "before the end of an epoch": [(PER_EPOCH - 1, STOP), (PER_EPOCH, STOP)],
+    "at the end of an epoch": [(PER_EPOCH, STOP), (2 * PER_EPOCH, STOP)],
+    "after a validation": [(3, STOP), (10, STOP)],
+    "again and again": [(2, STOP), (4, STOP), (9, STOP), (11, STOP), (16, STOP)],
+}
+TRAININGS: dict[str, dict[str, Any]] = {
+    "accumulating": {"accumulate_grad_batches": 2},
+    "validating in mid-epoch": {"val_check_interval": 0.5, "plateau": "step"},
+    "validating across epochs": {"val_check_interval": 3, "check_val_every_n_epoch": None},
+    "watching a metric": {"plateau": "epoch", "check_val_every_n_epoch": 2},
+    "counting steps": {"max_steps": 17, "max_epochs": -1},
+    "with workers": {"workers": 2, "accumulate_grad_batches": 2},
+    "of a stream": {"stream": True},
+    "of a part": {"limit_train_batches": 5, "reload_dataloaders_every_n_epochs": 2},
+}
+
+
+@pytest.mark.parametrize("kind", TRAININGS)
+def test_a_training_cut_anywhere_ends_as_the_uncut_one(tmp_path: Path, kind: str) -> None:
+    uncut = through(Training(tmp_path / "uncut", **TRAININGS[kind]))
+    for name, cuts in CUTS.items():
+        # An epoch of a part is shorter.
+        fitting = [cut for cut in cuts if kind != "of a part" or cut[0] <= 15]
+        cut = through(Training(tmp_path / name, **TRAININGS[kind]), *fitting)
+        assert cut == uncut, name
+
+
+def test_a_training_that_crashes_goes_on_from_its_last_save(tmp_path: Path) -> None:
+    uncut = through(Training(tmp_path / "uncut"))
+    crashed = Training(tmp_path / "crashed", every=2)
+    assert through(crashed, (6, CRASH), (9, STOP), (13, CRASH), (20, CRASH)) == uncut
+
+
+def test_a_training_that_stops_by_itself_stops_at_the_same_step_and_once(tmp_path: Path) -> None:
+    def stopping() -> list[Any]:
+        return [EarlyStopping("val_loss", patience=1, min_delta=0.2)]
+
+    options = {"callbacks": stopping, "max_epochs": 9}
+    training = Training(tmp_path / "uncut", **options)
+    uncut = through(training)
+    assert uncut["step"] < 9 * PER_EPOCH
+    assert through(Training(tmp_path / "cut", **options), (5, STOP), (11, STOP)) == uncut
+    # What a script does behind its training may fail, and then all of it is run again.
+    again = training.link()
+    assert again.global_step == uncut["step"]
+    assert training.result(again)["head.weight"] == uncut["head.weight"]
+
+
+# ---- in a link ---------------------------------------------------------------------------------
+
+
+class Linked(Training):
+    """The same in the links of a run."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.run = make_run(folder / "runs", "run")
+        self.said: list[str] = []
+
+    def link(self, cut: tuple[int, str] | None = None, **fit: Any) -> Any:
+        link = add_link(self.run, step=max([0, *(r["step"] for r in self.told("saved"))]))
+        names = {"HPCRESUME_RUN": str(self.run.path), "HPCRESUME_LINK": str(link.number)}
+        heard = Kept(self.said)
+        logging.getLogger("hpcresume").addHandler(heard)
+        os.environ.update(names)
+        try:
+            return super().link(cut, **fit)
+        finally:
+            logging.getLogger("hpcresume").removeHandler(heard)
+            for name in names:
+                del os.environ[name]
+
+    def told(self, kind: str) -> list[dict[str, Any]]:
+        links = [self.run.link(number) for number in self.run.link_numbers()]
+        records = [record for link in links for record in files.read_lines(link.guest)]
+        return [record for record in records if record["kind"] == kind]
+
+
+class Kept(logging.Handler):
+    def __init__(self, said: list[str]) -> None:
+        super().__init__()
+        self._said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._said.append(record.getMessage())
+
+
+def checkpoints(run: RunDir) -> list[Path]:
+    return sorted(run.framework.glob("*.ckpt"), key=lambda path: int(path.stem.split("-")[1]))
+
+
+def test_its_link_is_told_where_it_began_what_it_saved_and_that_it_is_complete(
+    tmp_path: Path,
+) -> None:
+    training = Linked(tmp_path, log_every_n_steps=2)
+    assert training.link((5, STOP)) is None
+    training.link()
+    began = training.told("began")
+    assert [(r["step"], r["verified"]) for r in began] == [(0, False), (5, True)]
+    assert [r["step"] for r in training.told("saved")] == [5, 3 * PER_EPOCH]
+    assert [(r["step"], r["reason"]) for r in training.told("left")] == [(5, "SIGTERM")]
+    assert [r["step"] for r in training.told("completed")] == [3 * PER_EPOCH]
+    progress = training.told("progress")[-1]
+    assert (progress["max_steps"], progress["epochs"]) == (3 * PER_EPOCH, 3)
+    lines = [*files.read_lines(training.run.link(1).metrics)]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert {"loss_step", "learning_rate"} <= lines[0].keys()
+    lines = [*files.read_lines(training.run.link(2).metrics)]
+    assert {"loss_epoch", "val_loss", "accuracy"} <= lines[-1].keys()
+
+
+def test_the_newest_two_of_its_own_checkpoints_stay(tmp_path: Path) -> None:
+    training = Linked(tmp_path, every=4)
+    training.link()
+    assert [path.name for path in checkpoints(training.run)] == ["step-20.ckpt", "step-21.ckpt"]
+    assert len(list(training.run.framework.iterdir())) == 4, "each with its digests"
+
+
+def half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("spoil", "word"), [(half, "bytes instead of"), (flipped, "digest")])
+def test_a_newest_checkpoint_that_is_not_whole_is_passed_over(
+    tmp_path: Path, spoil: Callable[[Path], None], word: str
+) -> None:
+    uncut = through(Training(tmp_path / "uncut"))
+    training = Linked(tmp_path / "cut", every=4)
+    assert training.link((11, CRASH)) is None
+    *_, older, newest = checkpoints(training.run)
+    spoil(newest)
+    result = training.result(training.link())
+    assert result == uncut
+    began = training.told("began")[-1]
+    assert (began["step"], began["path"]) == (4, str(older))
+    assert [path for path, _ in began["passed_over"]] == [str(newest)]
+    assert word in began["passed_over"][0][1]
+
+
+def test_a_run_whose_checkpoints_are_all_gone_does_not_begin_afresh_in_silence(
+    tmp_path: Path,
+) -> None:
+    training = Linked(tmp_path)
+    assert training.link((5, STOP)) is None
+    record_saves(training)
+    shutil.rmtree(training.run.framework)
+    with pytest.raises(CheckpointError, match="had saved step 5"):
+        training.link()
+
+
+def record_saves(training: Linked) -> None:
+    """As the parent of a command does."""
+    from made_run import training as journal_of
+
+    with journal_of(training.run.link(training.run.newest_link())) as journal:
+        for record in training.told("saved"):
+            path = os.path.relpath(record["path"], training.run.identify()["project"])
+            journal.write("saved", step=record["step"], path=path, guest=True, seen="steps")
+
+
+def saving(**options: Any) -> Callable[[], list[Any]]:
+    return lambda: [ModelCheckpoint(save_top_k=-1, **options)]
+
+
+def test_what_model_checkpoint_saves_is_vouched_for_and_gone_on_from(tmp_path: Path) -> None:
+    place = tmp_path / "checkpoints"
+    training = Linked(tmp_path, callbacks=saving(dirpath=place, every_n_train_steps=3))
+    assert training.link((8, CRASH)) is None
+    assert training.link() is not None
+    began = training.told("began")[-1]
+    assert (Path(began["path"]).name, began["verified"]) == ("epoch=0-step=6.ckpt", True)
+    assert len(list(place.glob("*.hpcresume.json"))) == len(list(place.glob("*.ckpt")))
+
+
+def test_digests_go_with_the_checkpoint_that_model_checkpoint_removes(tmp_path: Path) -> None:
+    place = tmp_path / "checkpoints"
+    training = Linked(
+        tmp_path, callbacks=lambda: [ModelCheckpoint(dirpath=place, every_n_train_steps=3)]
+    )
+    training.link()
+    assert len(list(place.iterdir())) == 2
+
+
+def test_an_exact_checkpoint_is_preferred_to_a_newer_one_of_a_hook(tmp_path: Path) -> None:
+    # At the end of a batch the module's own hook was still to come.
+    options = {"callbacks": saving(dirpath=tmp_path / "c", every_n_train_steps=3), "every": 4}
+    uncut = through(Training(tmp_path / "uncut"))
+    training = Linked(tmp_path, **options)
+    assert training.link((8, CRASH)) is None
+    result = training.result(training.link())
+    assert Path(training.told("began")[-1]["path"]).name == "step-4.ckpt"
+    assert result == uncut
+
+
+def test_a_plain_training_is_gone_on_with_where_the_script_names_its_checkpoint(
+    tmp_path: Path,
+) -> None:
+    place = tmp_path / "checkpoints"
+    plain = saving(dirpath=place, every_n_train_steps=3)
+    Training(tmp_path, callbacks=plain, ours=False).link((8, CRASH))
+    given = place / "epoch=0-step=6.ckpt"
+    training = Linked(tmp_path)
+    assert training.link((10, STOP), ckpt_path=given) is None
+    began = training.told("began")[-1]
+    assert (began["step"], began["path"], began["verified"]) == (6, str(given), False)
+    assert any("saved without HpcResumeCallback" in said for said in training.said)
+    # From then on what this run has saved is newer.
+    end = training.link(ckpt_path=given)
+    assert training.told("began")[-1]["step"] == 10
+    assert end.global_step == 3 * PER_EPOCH
+    # Not exact, but once saved by us as good as any: the same cut gives the same end.
+    other = Linked(tmp_path / "other")
+    other.link((10, STOP), ckpt_path=given)
+    other.link((14, STOP), ckpt_path=given)
+    result = other.result(other.link(ckpt_path=given))
+    assert result["head.weight"] == training.result(end)["head.weight"]
+
+
+def test_of_a_plain_trainings_checkpoints_a_half_written_one_is_passed_over(
+    tmp_path: Path,
+) -> None:
+    place = tmp_path / "checkpoints"
+    plain = saving(dirpath=place, every_n_train_steps=3)
+    Training(tmp_path, callbacks=plain, ours=False).link((8, CRASH))
+    half(place / "epoch=0-step=6.ckpt")
+    training = Linked(tmp_path)
+    training.link((5, STOP), ckpt_path=place / "epoch=0-step=6.ckpt")
+    began = training.told("began")[-1]
+    assert Path(began["path"]).name == "epoch=0-step=3.ckpt"
+    assert "cut off" in began["passed_over"][0][1]
+
+
+def test_a_plain_trainings_checkpoint_that_nobody_names_is_said_and_left(tmp_path: Path) -> None:
+    plain = saving(dirpath=tmp_path / "checkpoints", every_n_train_steps=3)
+    Training(tmp_path, callbacks=plain, ours=False).link((8, CRASH))
+    training = Linked(tmp_path, callbacks=plain)
+    training.link((2, STOP))
+    assert training.told("began")[-1]["step"] == 0
+    assert any("give trainer.fit(ckpt_path=...)" in said for said in training.said)
+
+
+def test_lightning_neither_requeues_the_job_nor_swallows_the_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("SLURM_NTASKS", "1"), ("SLURM_JOB_ID", "7"), ("SLURM_PROCID", "0")):
+        monkeypatch.setenv(name, value)
+    asked = tmp_path / "asked"
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\ntouch '{asked}'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    environment = SLURMEnvironment(auto_requeue=True)
+    training = Linked(tmp_path, plugins=[environment])
+    assert training.link((5, STOP)) is None
+    assert training.told("left")[0]["reason"] == "SIGTERM"
+    assert environment.auto_requeue is False
+    assert sum("auto_requeue is switched off" in said for said in training.said) == 1
+    assert not asked.exists()
+
+
+def test_a_rehearsal_of_lightning_is_left_alone(tmp_path: Path) -> None:
+    training = Linked(tmp_path, fast_dev_run=True)
+    training.link()
+    assert not training.told("completed")
+
+
+# ---- the place in the data ---------------------------------------------------------------------
+
+
+def test_the_place_is_that_of_the_batch_that_was_consumed_not_of_those_fetched_ahead() -> None:
+    turn = Turn(0, 0)
+
+    def loader() -> ResumableBatches:
+        batches = DataLoader(list(range(20)), batch_size=2, shuffle=True)
+        return ResumableBatches(
+            batches, seed=3, rank=0, world_size=1, turn=lambda: turn, before=lambda: None
+        )
+
+    first = loader()
+    whole = [batch.tolist() for batch in first]
+    assert sorted(itertools.chain(*whole)) == list(range(20))
+    ahead = iter(first := loader())
+    for _ in range(5):
+        next(ahead)
+    turn = Turn(0, 4)
+    state = json.loads(json.dumps(first.state_dict()))
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert [batch.tolist() for batch in resumed] == whole[4:]
+
+
+def test_a_loader_that_ends_before_the_epoch_begins_again_in_another_order() -> None:
+    loader = ResumableBatches(
+        DataLoader(list(range(20)), batch_size=2, shuffle=True),
+        seed=3,
+        rank=0,
+        world_size=1,
+        turn=lambda: Turn(0, 0),
+        before=lambda: None,
+    )
+    first, second = ([batch.tolist() for batch in loader] for _ in range(2))
+    assert first != second
+    assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second))
+    assert loader.batch_size == 2, "all else is the user's loader"
+
+
+# ---- a chain -----------------------------------------------------------------------------------
+
+
+def uncut_example(folder: Path, *argv: str) -> subprocess.Popen[bytes]:
+    """The example, trained without a cut, from now on."""
+    folder.mkdir()
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLES / EXAMPLE), *argv],
+        cwd=folder,
+        env=ENVIRON,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def same_files(one: Path, other: Path) -> None:
+    first, second = (torch.load(path / "model.pt", weights_only=True) for path in (one, other))
+    flat: Sequence[Any] = [torch.utils._pytree.tree_flatten(saved) for saved in (first, second)]
+    (values, structure), (others, other_structure) = flat
+    assert structure == other_structure
+    for value, another in zip(values, others, strict=True):
+        equal = torch.equal(value, another) if torch.is_tensor(value) else value == another
+        assert equal, (value, another)
+
+
+@pytest.mark.timeout(240)
+def test_the_example_is_killed_and_stopped_and_ends_with_the_bits_of_the_uncut_run(
+    chain: Chain, tmp_path: Path
+) -> None:
+    shutil.copy(EXAMPLES / EXAMPLE, chain.folder)
+    chain.submit(
+        "--set=chain.signal_command=none",
+        *("--", sys.executable, EXAMPLE, "--pause=0.05"),
+        detach=True,
+    )
+    uncut = uncut_example(tmp_path / "uncut")
+    chain.cut(1, signal.SIGKILL, after="saved step 5")
+    chain.cut(2, signal.SIGTERM, after="saved step 15")
+    chain.completed()
+    assert uncut.wait() == 0
+    assert chain.ends() == ["killed", "deadline", "completed"], chain.story()
+    begun = [record["step"] for record in chain.records("restored") if record.get("guest")]
+    assert begun[0] == 0 < begun[1] < begun[2], chain.story()
+    same_files(chain.folder, tmp_path / "uncut")
+    status = chain.status()
+    assert (status["state"], status["step"]) == ("complete", 52)
