@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyte
 import pytest
 from made_run import Said, add_link, complete, make_run
 from oracle import ENVIRON
+from rich.text import Text
 from test_cli import PROBE
 
 from hpcresume import files
+from hpcresume.display.progress import Drawn, OneAtATime
 from hpcresume.observe.progress import ProgressTail
 from hpcresume.run_dir import RunDir
 from hpcresume.training.progress import Progress, from_json
@@ -140,3 +146,36 @@ def test_watch_of_a_run_that_is_not_there_is_a_sentence(said: Said, tmp_path: Pa
     code, _, err = said("watch", "none", "--runs", str(tmp_path))
     assert code == 3
     assert "No run 'none'" in err
+
+
+def test_a_line_that_a_thread_prints_while_another_one_does_loses_nothing_and_leaves_no_bar() -> (
+    None
+):
+    out = io.StringIO()
+    console = OneAtATime(file=out, force_terminal=True, width=60, height=20)
+    bars = [4]
+    printed = threading.Event()
+
+    def interrupt() -> None:
+        bars[0] = 2
+        console.print("from another thread")
+        printed.set()
+
+    class Slow:
+        """Is drawn when the console has settled how many lines it erases."""
+
+        def __rich_console__(self, _console: Any, _options: Any) -> Iterator[Text]:
+            other.start()
+            # Where the other one does not wait for us, it is through by then.
+            printed.wait(0.3)
+            yield Text("from this thread")
+
+    other = threading.Thread(target=interrupt)
+    with Drawn(console, lambda _: [Text(f"bar {n}") for n in range(bars[0])], lambda: False):
+        console.print("before")
+        console.print(Slow())
+        other.join()
+        screen = pyte.Screen(60, 20)
+        pyte.Stream(screen).feed(out.getvalue().replace("\n", "\r\n"))
+    rows = [line.rstrip() for line in screen.display if line.strip()]
+    assert rows == ["before", "from this thread", "from another thread", "bar 0", "bar 1"]

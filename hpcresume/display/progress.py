@@ -7,9 +7,11 @@ over, nothing is drawn: the log's lines tell the progress.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -29,23 +31,51 @@ _DRAWN_PER_S = 8
 Lines = Callable[[int], Sequence[Text]]
 
 
-class _Drawn:
+class OneAtATime(Console):
+    """A console on which a thread draws only when another one has done.
+
+    rich erases as many lines as were drawn when it began to print: where another thread draws
+    more or fewer before it writes, lines of the log are lost, and bars stay behind.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.drawing = threading.RLock()
+
+    def __enter__(self) -> OneAtATime:
+        self.drawing.acquire()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            self.drawing.release()
+
+
+class Drawn:
     """Lines at the bottom of the terminal, drawn anew some times a second in a thread."""
 
-    def __init__(self, console: Console, lines: Lines, interrupted: Callable[[], bool]) -> None:
+    def __init__(self, console: OneAtATime, lines: Lines, interrupted: Callable[[], bool]) -> None:
         self._console = console
         self._lines = lines
         self._interrupted = interrupted
         self._live = Live(
             get_renderable=self._draw,
             console=console,
-            refresh_per_second=_DRAWN_PER_S,
+            # Its own thread would take its lock before that of the console.
+            auto_refresh=False,
             transient=True,
             vertical_overflow="crop",
         )
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._draw_on, name="progress", daemon=True)
 
-    def __enter__(self) -> _Drawn:
-        self._live.start()
+    def __enter__(self) -> Drawn:
+        with self._console.drawing:
+            self._live.start(refresh=True)
+        self._thread.start()
         return self
 
     def __exit__(
@@ -54,7 +84,19 @@ class _Drawn:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._live.stop()
+        self._over.set()
+        self._thread.join()
+        with self._console.drawing:
+            self._live.stop()
+
+    def _draw_on(self) -> None:
+        while not self._over.wait(1 / _DRAWN_PER_S):
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Draw anew; from any thread."""
+        with self._console.drawing:
+            self._live.refresh()
 
     def _draw(self) -> RenderableType:
         if self._interrupted():
@@ -69,8 +111,8 @@ class RankProgress:
 
     def __init__(self, interrupted: Callable[[], bool] = lambda: False) -> None:
         self._look: Callable[[], Progress] | None = None
-        self._console = Console(highlight=False)
-        self._drawn = _Drawn(self._console, self._lines, interrupted)
+        self._console = OneAtATime(highlight=False)
+        self._drawn = Drawn(self._console, self._lines, interrupted)
 
     def __enter__(self) -> RankProgress:
         self._drawn.__enter__()
@@ -100,7 +142,7 @@ class LocalProgress:
 
     def __init__(self, run: RunDir, interrupted: Callable[[], bool] = lambda: False) -> None:
         self._run = run
-        self._console = Console(highlight=False)
+        self._console = OneAtATime(highlight=False)
         self._looked_at = 0.0
         self._numbers: list[int] = run.link_numbers()
         self._positions = {n: files.size_or_zero(run.link(n).rank_log(0)) for n in self._numbers}
@@ -108,7 +150,7 @@ class LocalProgress:
         self._progress: Progress | None = None
         self._drawn = None
         if can_redraw():
-            self._drawn = _Drawn(self._console, self._lines, interrupted)
+            self._drawn = Drawn(self._console, self._lines, interrupted)
 
     def __enter__(self) -> LocalProgress:
         if self._drawn is not None:
