@@ -171,10 +171,10 @@ def test_links_end_before_the_time_limit_of_their_jobs_and_the_command_does_not_
     assert "runs a command, which saves by itself" in said
 
 
-def digits(folder: Path, *launcher: str) -> bytes:
+def digits(folder: Path) -> bytes:
     """What the classifier saves at its end, trained without a cut."""
     done = subprocess.run(
-        [*launcher, str(EXAMPLES / "command.py"), "--epochs=4"],
+        [sys.executable, str(EXAMPLES / "command.py"), "--epochs=4"],
         cwd=folder,
         env=ENVIRON,
         capture_output=True,
@@ -185,23 +185,10 @@ def digits(folder: Path, *launcher: str) -> bytes:
     return (folder / "out.pt").read_bytes()
 
 
-LAUNCHERS = {
-    "python": (sys.executable,),
-    "torchrun": (
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--standalone", "--nproc-per-node=2"),
-    ),
-}
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_plain_script_ends_with_the_bytes_of_the_uncut_run(
-    chain: Chain, tmp_path: Path, launcher: str
-) -> None:
+def test_a_plain_script_ends_with_the_bytes_of_the_uncut_run(chain: Chain, tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the example's data come with scikit-learn")
-    argv = LAUNCHERS[launcher]
-    uncut = digits(tmp_path, *argv)
-    command = (*argv, "command.py", "--epochs=4", "--pause=0.5")
+    uncut = digits(tmp_path)
+    command = (sys.executable, "command.py", "--epochs=4", "--pause=0.5")
     chain.submit("--checkpoints=out.pt", "--", *command, detach=True)
     chain.cut(1, signal.SIGKILL, after="epoch 1")
     chain.cut(2, signal.SIGTERM, after="epoch 2")

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 from oracle import hpcresume
 from slurm_cluster import SlurmCluster
-from test_command import LAUNCHERS, digits
+from test_command import digits
+from test_launchers import TORCHRUN, by_torchrun
 
 from hpcresume.journal import LinkRecords, read_chain
 from hpcresume.run_dir import RunDir
@@ -112,14 +114,13 @@ def test_a_script_that_counts_is_chained_over_three_jobs_one_of_them_killed(chai
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_plain_script_ends_with_the_bytes_of_the_uncut_run_on_slurm(
-    chain: Chain, tmp_path: Path, launcher: str
+    chain: Chain, tmp_path: Path
 ) -> None:
     pytest.importorskip("sklearn", reason="the example's data come with scikit-learn")
     shutil.copy(EXAMPLES / "command.py", chain.folder)
-    uncut = digits(tmp_path, *LAUNCHERS[launcher])
-    command = (*LAUNCHERS[launcher], "command.py", "--epochs=4", "--pause=1")
+    uncut = digits(tmp_path)
+    command = (sys.executable, "command.py", "--epochs=4", "--pause=1")
     options = ("--time=00:05:00", "--mem=1800", "--set=chain.lead_s=10", "--checkpoints=out.pt")
     chain.submit(*options, "--", *command)
     for number, sent in ((1, "KILL"), (2, "TERM")):
@@ -128,6 +129,24 @@ def test_a_plain_script_ends_with_the_bytes_of_the_uncut_run_on_slurm(
     chain.finished()
     assert chain.ends() == ["killed", "deadline", "completed"], chain.story()
     assert (chain.folder / "out.pt").read_bytes() == uncut
+
+
+@pytest.mark.long
+def test_torchrun_meets_on_two_nodes_and_ends_with_the_bytes_of_the_uncut_run(
+    chain: Chain, tmp_path: Path
+) -> None:
+    shutil.copy(EXAMPLES / "ddp_torchrun.py", chain.folder)
+    uncut = by_torchrun(tmp_path)
+    options = ("--nodes=2", "--time=00:05:00", "--mem=1800", "--set=chain.lead_s=20")
+    told = ("--signal-command=none", "--checkpoints=ddp.pt")
+    chain.submit(*options, *told, "--", *TORCHRUN, "ddp_torchrun.py", "--pause=0.1")
+    for number, (sent, after) in enumerate((("KILL", "step 40 "), ("TERM", "step 80 ")), 1):
+        chain.wait(lambda number=number, after=after: after in chain.printed(number))
+        chain.cluster.run("scancel", f"--signal={sent}", chain.step(number))
+    chain.finished()
+    assert chain.ends() == ["killed", "deadline", "completed"], chain.story()
+    assert [link.claim["num_nodes"] for link in chain.links()] == [2, 2, 2]
+    assert (chain.folder / "ddp.pt").read_bytes() == uncut
 
 
 _SAVES = """

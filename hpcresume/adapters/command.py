@@ -31,7 +31,7 @@ from hpcresume.adapters.ending import (
 from hpcresume.adapters.notes import Notes
 from hpcresume.adapters.output import Output
 from hpcresume.adapters.sight import Sight
-from hpcresume.adapters.variables import command_environment
+from hpcresume.adapters.variables import command_environment, launcher_patience
 from hpcresume.chain import COMMAND
 from hpcresume.config import RunConfig, read_frozen
 from hpcresume.display.logging import logging_to
@@ -260,7 +260,8 @@ class _Parent:
         notes, left = self._notes, self._clock.remaining_s()
         newest = notes.newest if notes is not None else self._sight.newest()
         left_s = None if left is None else left - self._clock.lead_s()
-        return command_environment(
+        signal_command = self._config.chain.signal_command
+        given = command_environment(
             self._environ,
             self._place,
             deadline=None if left_s is None else time.time() + left_s,
@@ -268,6 +269,7 @@ class _Parent:
             restarts=notes.restarts - 1 if notes is not None else self._link.number - 1,
             resume=None if newest is None else newest.path,
         )
+        return given | launcher_patience(given, signal_command, self._clock.lead_s())
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator[Callable[[bytes], None]]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from hpcresume.scheduler.environment import PLACE_VARIABLES, RankPlace
+from hpcresume.scheduler.environment import NODES, PLACE_VARIABLES, RankPlace
 
 #: Between the supervisor and its ranks; a command that starts a session of ours would obey them.
 _NOT_FOR_COMMANDS = frozenset(
-    {"HPCRESUME_SUPERVISOR", "HPCRESUME_SAVES_S", "HPCRESUME_CRASHES", "HPCRESUME_RESUME"}
+    {"HPCRESUME_SUPERVISOR", "HPCRESUME_SAVES_S", "HPCRESUME_CRASHES", "HPCRESUME_RESUME", NODES}
 )
 
 
@@ -49,4 +50,33 @@ def command_environment(
             "WORLD_SIZE": str(place.world_size),
             "LOCAL_RANK": str(place.local_rank),
         }
+    if place.world_size > 1 and environ.get(NODES) == str(place.world_size):
+        given |= _meeting_place(environ, place)
     return given
+
+
+def _meeting_place(environ: Mapping[str, str], place: RankPlace) -> dict[str, str]:
+    """What torchrun, and accelerate, which is built on it, take where a node has one of them.
+
+    The defaults of its options, from torch/distributed/argparse_util.py. The static rendezvous
+    numbers the nodes as Slurm does, in each link alike.
+    """
+    return {
+        "PET_NNODES": str(place.world_size),
+        "PET_NODE_RANK": str(place.rank),
+        "PET_RDZV_BACKEND": "static",
+        "PET_RDZV_ENDPOINT": f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}",
+        "PET_RDZV_ID": f"hpcresume-{environ['HPCRESUME_LINK']}",
+    }
+
+
+def launcher_patience(environ: Mapping[str, str], signal: str, lead_s: float) -> dict[str, str]:
+    """What torchrun needs to pass `signal` (chain.signal_command) on, and to wait for its workers.
+
+    It knows SIGTERM and three others, and would die of the rest; and it kills after 30 s what has
+    not left. What the user has set holds.
+    """
+    wanted = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, math.ceil(lead_s)))}
+    if signal in ("USR1", "USR2"):
+        wanted["PET_SIGNALS_TO_HANDLE"] = f"SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIG{signal}"
+    return {name: value for name, value in wanted.items() if name not in environ}
