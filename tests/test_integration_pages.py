@@ -13,7 +13,7 @@ from made_run import Said
 REPOSITORY = Path(__file__).parent.parent
 PAGES = {
     name: (REPOSITORY / "docs" / "integrations" / f"{name}.md").read_text()
-    for name in ("pytorch", "torchrun")
+    for name in ("fsdp", "pytorch", "torchrun")
 }
 LINES = [
     (name, line.removeprefix("+"))
