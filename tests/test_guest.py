@@ -399,11 +399,13 @@ def test_a_chain_whose_checkpoints_are_all_gone_never_begins_afresh_in_silence(
     from hpcresume.adapters.guest import nothing_left
 
     assert guest.run is not None
-    assert guest.known_step() == 0
-    files.LineWriter(link.training).append(
-        {"v": 1, "t": 1.0, "kind": "saved", "step": 40, "guest": True}
-    )
-    assert guest.known_step() == 40
+    assert guest.known_step(tmp_path / "out") == 0
+    project = Path(guest.run.identify()["project"])
+    path = os.path.relpath(tmp_path / "out" / "checkpoint-40", project)
+    record = {"v": 1, "t": 1.0, "kind": "saved", "step": 40, "guest": True, "path": path}
+    files.LineWriter(link.training).append(record)
+    assert guest.known_step(tmp_path / "out") == 40
+    assert guest.known_step(tmp_path / "other") == 0
     with pytest.raises(CheckpointError, match="had saved step 40"):
         raise nothing_left(guest.run, 40, tmp_path)
 

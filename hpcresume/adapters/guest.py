@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import time
@@ -22,7 +23,7 @@ from hpcresume import files
 from hpcresume.adapters.vouched import Newest, Voucher, vouch
 from hpcresume.display.logging import LineFormatter
 from hpcresume.errors import CheckpointError
-from hpcresume.journal import Lineage, known_step, read_chain, segments_from_json, segments_to_json
+from hpcresume.journal import Lineage, read_chain, segments_from_json, segments_to_json
 from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.signals import STOP_SIGNALS, SignalFlags
 from hpcresume.training.clock import Clock
@@ -129,14 +130,14 @@ class Guest:
         run = None if voucher is None else voucher.about.get("run")
         return run is not None and run == self.run_id
 
-    def known_step(self) -> int:
-        """The newest step that a guest of this run has saved, as its journals know it."""
+    def known_step(self, folder: Path) -> int:
+        """The step that a guest of this run has saved last in a folder, as its journals know it."""
         if self.run is None:
             return 0
-        links = read_chain(self.run)
-        if not any(record.get("guest") for link in links for record in link.all("saved")):
-            return 0
-        return known_step(links)
+        root, wanted = self.run.identify()["project"], os.path.abspath(folder)
+        saves = [r for link in read_chain(self.run) for r in link.all("saved") if r.get("guest")]
+        own = [r for r in saves if os.path.dirname(os.path.join(root, str(r["path"]))) == wanted]
+        return int(own[-1]["step"]) if own else 0
 
     def began(self, step: int, found: Newest, *, looked_in: Path, words: str = "") -> None:
         """It goes on from what was found, at `step`, or begins afresh, because of `words`."""
@@ -153,7 +154,7 @@ class Guest:
         self._tell(
             "began",
             step=step,
-            path=None if found.path is None else str(found.path),
+            path=None if found.path is None else os.path.abspath(found.path),
             verified=found.voucher is not None,
             segments=segments_to_json(self._lineage.segments),
             passed_over=[[str(path), wrong] for path, wrong in found.passed_over],
@@ -214,7 +215,7 @@ class Guest:
             "saved",
             sync=True,
             step=step,
-            path=str(path),
+            path=os.path.abspath(path),
             save_s=round(seconds, 3),
             bytes=voucher.num_bytes,
             digest=voucher.digest,
@@ -231,6 +232,13 @@ class Guest:
         self._flush()
         self._log(logging.INFO, "training is complete at step %d: %s", step, words)
         self._tell("completed", sync=True, step=step, judged=words)
+
+    def close(self) -> None:
+        """Write what waits, and give the files back."""
+        self._flush()
+        for writer in filter(None, (self._lines, self._metrics)):
+            writer.close()
+        self._lines = self._metrics = None
 
     def _tell(self, kind: str, *, sync: bool = False, **fields: Any) -> None:
         if self._lines is None:

@@ -47,7 +47,10 @@ class Heard:
     def _take(self, record: Record) -> None:
         self.any = True
         self.step = int(record.get("step", self.step or 0))
-        if record["kind"] == "progress":
+        if record["kind"] == "began":
+            # A script may train several times: each has an end of its own.
+            self.start_anew()
+        elif record["kind"] == "progress":
             self.max_steps = _whole(record.get("max_steps"))
             self.epochs = _whole(record.get("epochs"))
             epoch = record.get("epoch")
