@@ -220,6 +220,11 @@ class _Parent:
         took = f" {attempt.took_s:.1f} s after it was told" if attempt.told else ""
         killed = ", killed because it did not leave by itself" if attempt.killed else ""
         log.info("the command ended%s: %s%s", took, attempt.words, killed)
+        if self._config.framework and self._notes is not None and not self._notes.heard.any:
+            log.warning(
+                "framework: %s had no effect: no trainer of it was run by the command's Python",
+                self._config.framework,
+            )
         if verdict.how in (HANDED_OVER, FAILED):
             log.warning("%s: %s", verdict.how, verdict.reason)
 
@@ -268,6 +273,7 @@ class _Parent:
             left_s=left_s,
             restarts=notes.restarts - 1 if notes is not None else self._link.number - 1,
             resume=None if newest is None else newest.path,
+            framework=self._config.framework,
         )
         return given | launcher_patience(given, signal_command, self._clock.lead_s())
 
@@ -346,7 +352,7 @@ class _Parent:
         if not self._link.stop.exists():
             with contextlib.suppress(OSError):
                 files.write_durably(self._link.stop, f"{reason}\n".encode(), sync=False)
-        word = self._config.chain.signal_command
+        word = self._config.chain.signal_command or ("none" if self._config.framework else "TERM")
         if word != "none":
             everyone, _, name = word.rpartition(":")
             child.tell(signal.Signals[f"SIG{name}"], everyone=bool(everyone))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from hpcresume.adapters import inject
 from hpcresume.scheduler.environment import NODES, PLACE_VARIABLES, RankPlace
 
 #: Between the supervisor and its ranks; a command that starts a session of ours would obey them.
@@ -23,11 +24,13 @@ def command_environment(
     left_s: float | None,
     restarts: int,
     resume: Path | None,
+    framework: str | None = None,
 ) -> dict[str, str]:
     """The environment of a command, out of that of its rank.
 
     `deadline` is Unix time, `left_s` how many seconds there are until then; whole numbers come
-    out, because shells count with nothing else. `restarts`: how often it was started before.
+    out, because shells count with nothing else. `restarts`: how often it was started before. A
+    trainer of the `framework` gets our callback.
     """
     dropped = PLACE_VARIABLES | _NOT_FOR_COMMANDS
     given = {name: value for name, value in environ.items() if name not in dropped}
@@ -43,6 +46,8 @@ def command_environment(
         given["HPCRESUME_LEFT_S"] = str(max(0, int(left_s)))
     if resume is not None:
         given["HPCRESUME_RESUME"] = str(resume)
+    if framework is not None:
+        given |= inject.variables(given, framework)
     if place.world_size > 1:
         # What torch.distributed asks for; MASTER_ADDR and MASTER_PORT are there already.
         given |= {

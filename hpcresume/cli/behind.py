@@ -61,6 +61,12 @@ def command_options(command: F) -> F:
         ),
         click.option("--checkpoints", metavar="GLOB", help="What the command saves."),
         click.option(
+            "--hf",
+            "framework",
+            flag_value="huggingface",
+            help="Give the command's Hugging Face Trainer a callback that stops and resumes it.",
+        ),
+        click.option(
             "--done-when",
             multiple=True,
             metavar="FILE|log:PATTERN",
@@ -88,6 +94,7 @@ def settings_of_command(words: list[str] | None, flags: Mapping[str, Any]) -> di
             "signal_command": flags["signal_command"],
         },
     }
+    settings["framework"] = flags["framework"]
     if words is not None:
         settings |= {"command": words, "train": ""}
     return settings

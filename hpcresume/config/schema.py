@@ -30,6 +30,9 @@ _NodeRange = Annotated[
         pattern=r"\A[1-9][0-9]{0,5}-[1-9][0-9]{0,5}\Z", description='a range of numbers ("2-4")'
     ),
 ]
+_Signal = Literal[
+    "TERM", "INT", "USR1", "USR2", "all:TERM", "all:INT", "all:USR1", "all:USR2", "none"
+]
 _Name = Annotated[
     str,
     msgspec.Meta(
@@ -92,11 +95,10 @@ class ChainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     never."""
     lead_s: _NotNegative | None = None
     """Seconds before the job's end at which saving starts; null: learned from measured saves."""
-    signal_command: Literal[
-        "TERM", "INT", "USR1", "USR2", "all:TERM", "all:INT", "all:USR1", "all:USR2", "none"
-    ] = "TERM"
+    signal_command: _Signal | None = None
     """The signal that tells a `command` to save and leave: to its first process, or with "all:" to
-    every process of it; none: it watches $HPCRESUME_STOP and $HPCRESUME_DEADLINE."""
+    every process of it; none: it watches $HPCRESUME_STOP and $HPCRESUME_DEADLINE; null: TERM, or
+    with a `framework` none."""
     retry_s: _NotNegative | None = None
     """Start a `command` that has failed again in the same job, after so many seconds, while
     `max_crashes` allows it; null: the next job does."""
@@ -217,6 +219,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The training function: "file.py:func" or "package.module:func"; ":train" may be left out."""
     command: list[str] = msgspec.field(default_factory=list)
     """Instead of a training function, a command that every rank runs, one word an entry."""
+    framework: Literal["huggingface"] | None = None
+    """The training framework in a `command`, whose trainer gets a callback of ours that stops it in
+    time and tells how it is; null: none, or its script has the callback itself."""
     args: dict[str, Any] = msgspec.field(default_factory=dict)
     """What the training function finds in `session.args`; any keys, any JSON values."""
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] = 0
@@ -255,6 +260,8 @@ def check_complete(config: RunConfig) -> None:
     findings = []
     if config.command:
         findings = _wrong_with_command(config)
+    elif config.framework:
+        findings.append("'framework' is there without 'command'; it is what a command runs.")
     elif not config.train:
         findings.append("'train' is missing; expected 'file.py:function' or 'module:function'.")
     if not config.command and config.max_steps is None and config.epochs is None:
