@@ -109,6 +109,8 @@ class _Parent:
         self._config = config
         self._place = place
         self._environ = environ
+        # A callback of ours hears of it by itself.
+        self._signal = config.chain.signal_command or ("none" if config.framework else "TERM")
         self._flags = flags
         self._root = Path(run.identify()["project"])
         self._sight = Sight(config.progress, self._root)
@@ -265,7 +267,6 @@ class _Parent:
         notes, left = self._notes, self._clock.remaining_s()
         newest = notes.newest if notes is not None else self._sight.newest()
         left_s = None if left is None else left - self._clock.lead_s()
-        signal_command = self._config.chain.signal_command
         given = command_environment(
             self._environ,
             self._place,
@@ -275,7 +276,7 @@ class _Parent:
             resume=None if newest is None else newest.path,
             framework=self._config.framework,
         )
-        return given | launcher_patience(given, signal_command, self._clock.lead_s())
+        return given | launcher_patience(given, self._signal, self._clock.lead_s())
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator[Callable[[bytes], None]]:
@@ -352,9 +353,8 @@ class _Parent:
         if not self._link.stop.exists():
             with contextlib.suppress(OSError):
                 files.write_durably(self._link.stop, f"{reason}\n".encode(), sync=False)
-        word = self._config.chain.signal_command or ("none" if self._config.framework else "TERM")
-        if word != "none":
-            everyone, _, name = word.rpartition(":")
+        if self._signal != "none":
+            everyone, _, name = self._signal.rpartition(":")
             child.tell(signal.Signals[f"SIG{name}"], everyone=bool(everyone))
         return told
 
