@@ -16,9 +16,7 @@ from typing import Any
 from hpcresume import files
 from hpcresume.chain.calendar import (
     Calendar,
-    Pace,
     Place,
-    Promise,
     calendar,
     free_since,
     measure,
@@ -88,15 +86,15 @@ class RunStatus:
         done = None
         if self.calendar is not None:
             done = {
-                "best": _utc(self.calendar.best),
-                "expected": _utc(self.calendar.expected),
+                "best": utc(self.calendar.best),
+                "expected": utc(self.calendar.expected),
                 "links_left": self.calendar.links_left,
             }
         values = {
             **self.__dict__,
             "path": str(self.path),
             "calendar": done,
-            "deadline": None if self.deadline is None else _utc(self.deadline),
+            "deadline": None if self.deadline is None else utc(self.deadline),
         }
         return {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -104,7 +102,7 @@ class RunStatus:
         }
 
 
-def _utc(seconds: float) -> str:
+def utc(seconds: float) -> str:
     """2026-11-23T13:20:00Z"""
     moment = datetime.datetime.fromtimestamp(round(seconds), tz=datetime.timezone.utc)
     return moment.isoformat().replace("+00:00", "Z")
@@ -144,7 +142,7 @@ def read_status(
         last = newest_of_run(run, story.run_id, lineage(run, story.links))
     else:
         last = committed[-1] if committed else None
-    running = next((j for j in jobs or () if j.state is not JobState.PENDING), None)
+    running = _running(jobs)
     pending = [j for j in jobs or () if j.state is JobState.PENDING]
     promise = promised(story.links, story.submissions)
     state, why = _state(story, running, pending, jobs is not None)
@@ -155,6 +153,9 @@ def read_status(
     goes_on = state in ("running", "waiting")
     pace = measure(story.links, story.submissions) if goes_on else None
     left = max(0, total - step) if total else 0
+    when = None
+    if pace is not None and total:
+        when = calendar(pace, promise, place_of(story, state, left, jobs))
     took = None
     if goes_on or add_up:
         alive = state == "running"
@@ -184,28 +185,23 @@ def read_status(
         worked_s=None if took is None else round(took[0], 3),
         queued_s=None if took is None else round(took[1], 3),
         train_left_s=None if pace is None or not total else left / pace.steps_per_s,
-        calendar=_calendar(story, pace, promise, state, left, running) if pace and total else None,
+        calendar=when,
         deadline=promise.deadline,
         expired=promise.expired(time.time()),
     )
 
 
-def _calendar(
-    story: Story,
-    pace: Pace,
-    promise: Promise,
-    state: str,
-    steps_left: int,
-    running: JobInfo | None,
-) -> Calendar | None:
-    """When a chain that goes on will be complete, as far as its links have shown."""
+def place_of(story: Story, state: str, steps_left: int, jobs: Sequence[JobInfo] | None) -> Place:
+    """Where a chain stands that goes on; one that rests, as if its next job were queued now."""
     alive, now, newest = state == "running", time.time(), story.newest
+    running = _running(jobs)
     own = newest is not None and story.ended(newest) is None and newest.last("started") is not None
     left_s = _time_left(running)
     if running is not None and running.state is JobState.COMPLETING:
         left_s = 0.0
-    since = now if alive else free_since(story.links, story.submissions)
-    place = Place(
+    waits = state == "waiting"
+    since = free_since(story.links, story.submissions) if waits else None
+    return Place(
         steps_left=steps_left,
         now=now,
         alive=alive,
@@ -213,7 +209,10 @@ def _calendar(
         left_s=left_s,
         waited_s=max(0.0, now - (since or now)),
     )
-    return calendar(pace, promise, place)
+
+
+def _running(jobs: Sequence[JobInfo] | None) -> JobInfo | None:
+    return next((job for job in jobs or () if job.state is not JobState.PENDING), None)
 
 
 def is_alive(story: Story, status: RunStatus) -> bool:

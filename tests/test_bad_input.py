@@ -873,7 +873,7 @@ def test_a_cancelled_foreground_run_says_who_and_can_be_started_again(
     code, out, _ = trained(loop(step_8=cancel))
     assert code == 0
     assert "Saved at step 9 (CANCEL)." in out
-    assert "toy: cancelled by " in said("status")[1]
+    assert "\n  cancelled by " in said("status")[1]
     assert trained(loop())[0] == 0
     assert_equivalent(cut_run, uncut)
 

@@ -283,7 +283,11 @@ def test_status_and_why_say_when_a_run_will_be_complete(runs: Path, said: Said) 
     assert row["calendar"]["links_left"] == 1
     assert row["deadline"] is None
     shown = day_and_hour(done.timestamp(), time.time())[:-1]
-    head, row, *_ = status(runs)[1].splitlines()[1:]
+    out = status(runs)[1]
+    assert re.search(rf"complete +about {shown}\d, in 1 more link\n", out), out
+    head, row, *_ = hpcresume(
+        "status", cwd=runs.parent, PATH=os.environ["PATH"]
+    ).stdout.splitlines()[1:]
     assert row[head.index("DONE") :].startswith(shown), (head, row)
     _, out, _ = said("why", "toy")
     assert re.search(rf"  complete  about {shown}\d, in 1 more link\n", out), out
@@ -318,7 +322,7 @@ def test_a_run_of_which_no_job_could_end_in_time_is_stalled_and_says_so(
     assert "none that begins now could end before its deadline, 20" in document["sentence"]
     assert document["next"][0]["command"].endswith("scheduler.deadline=now+7days")
     _, out = status(runs)
-    assert "toy: none of its jobs could end before its deadline: hpcresume why toy" in out
+    assert "  none of its jobs could end before its deadline: hpcresume why toy" in out
 
 
 def test_going_on_says_at_once_that_the_deadline_comes_too_early(

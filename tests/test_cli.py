@@ -218,7 +218,7 @@ def test_a_save_that_failed_is_said_until_one_succeeds(runs: Path, said: Said) -
         journal.write("started", step=0, max_steps=10)
         journal.write("save_failed", step=4, reason="No space left on device (/runs/toy)")
         _, out, _ = said("status", "toy")
-        assert "toy: in the foreground · step 4 could not be saved: No space left" in out
+        assert "  in the foreground · step 4 could not be saved: No space left" in out
         journal.write("saved", step=6, epoch=0)
         _, out, _ = said("status", "toy")
         assert "could not be saved" not in out
@@ -229,7 +229,7 @@ def test_a_run_whose_jobs_have_lost_their_driver_is_stalled(runs: Path, said: Sa
     queue_job(run)
     code, out, _ = said("status", "toy", "--exit-code")
     assert code == 21
-    assert "toy: its jobs wait and nobody starts them: hpcresume resume toy" in out
+    assert "  its jobs wait and nobody starts them: hpcresume resume toy" in out
 
 
 def test_a_running_job_without_a_driver_says_that_none_will_follow(runs: Path, said: Said) -> None:
@@ -240,7 +240,7 @@ def test_a_running_job_without_a_driver_says_that_none_will_follow(runs: Path, s
     files.write_record(id, JobRecord(state=JobState.RUNNING, process=own))
     code, out, _ = said("status", "toy", "--exit-code")
     assert code == 10
-    assert "toy: its driver is gone, so that no job will follow this one" in out
+    assert "  its driver is gone, so that no job will follow this one" in out
 
 
 def test_a_process_that_only_got_the_number_of_a_dead_one_keeps_no_run_alive(
@@ -459,9 +459,9 @@ def test_no_color_leaves_colours_out(two_links: RunDir) -> None:
 
 
 def test_a_narrow_terminal_gets_a_line_for_each_value(two_links: RunDir) -> None:
-    shown = in_terminal("status", cwd=two_links.path.parents[1], NO_COLOR="1", COLUMNS="40")
+    shown = in_terminal("status", cwd=two_links.path.parents[1], NO_COLOR="1", COLUMNS="20")
     lines = [line.rstrip() for line in shown.splitlines()]
-    assert lines[1:4] == ["toy  stalled", "  step       0", "  link       2"]
+    assert lines[1:4] == ["toy  ▲ stalled", "  step 0", "  link 2"]
 
 
 @pytest.mark.parametrize("argv", [["logs"], ["status"], ["status", "--json"], ["status", "--help"]])

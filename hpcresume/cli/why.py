@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from hpcresume.cli.options import chosen_run, root_of, run_argument, runs_option
-from hpcresume.display.terminal import styled, terminal_width, wrapped
+from hpcresume.display.terminal import printable, styled, terminal_width, wrapped
 from hpcresume.errors import HpcResumeError, Unavailable
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.choice import asking_scheduler
@@ -271,5 +271,4 @@ def _table(rows: Sequence[_Row], width: int) -> Iterator[str]:
 def _wrapped(text: str, width: int, lead: str) -> list[str]:
     """A text as lines of a terminal, the first behind a lead; whole where it is no terminal."""
     # The message of somebody's exception may hold anything.
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return wrapped(text, indent=lead, hang=" " * len(lead), width=width).split("\n")
+    return wrapped(printable(text), indent=lead, hang=" " * len(lead), width=width).split("\n")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import codecs
 import io
 import os
-import shutil
 import sys
 import textwrap
 
@@ -28,7 +27,8 @@ _STYLES = {
 _PLAIN = str.maketrans(
     {
         "━": "=", "─": "-", "│": "|", "·": "|", "•": "|", "…": "...", "→": "->", "–": "-",
-        "×": "x", "█": "#", "✔": "+", "✖": "x", "▲": "!", "★": "*", "✓": "+",
+        "×": "x", "█": "#", "✔": "+", "✖": "x", "▲": "!", "★": "*", "✓": "+", "╸": "=",
+        "●": "*", "○": "o", "■": "#",
     }
 )  # fmt: skip
 
@@ -36,6 +36,19 @@ _PLAIN = str.maketrans(
 def plain(text: str) -> str:
     """A text of ours in ASCII; a question mark for what has no likeness there."""
     return text.translate(_PLAIN).encode("ascii", "replace").decode()
+
+
+def printable(text: str) -> str:
+    """A text of somebody else on one line, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+
+
+def bar(share: float, cells: int, style: str) -> str:
+    """A bar of so many letters, full up to a share of it in a style."""
+    halves = round(2 * cells * max(0.0, min(1.0, share)))
+    full = "━" * (halves // 2) + "╸" * (halves % 2)
+    rest = "─" * (cells - len(full))
+    return (styled(full, style) if full else "") + (styled(rest, "dim") if rest else "")
 
 
 def _likeness(error: UnicodeError) -> tuple[str, int]:
@@ -87,7 +100,16 @@ def can_redraw() -> bool:
 
 def terminal_width() -> int:
     """Columns to write in; all that are wanted where it is no terminal."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    if not sys.stdout.isatty():
+        return sys.maxsize
+    # As shutil.get_terminal_size does it, which brings the modules of all archive formats along.
+    wanted = os.environ.get("COLUMNS", "")
+    if wanted.isdigit() and int(wanted):
+        return int(wanted)
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 def wrapped(text: str, *, indent: str = "", hang: str = "", width: int | None = None) -> str:

@@ -9,20 +9,17 @@ from __future__ import annotations
 import collections
 import contextlib
 import io
-import os
-import select
 import sys
-import termios
 import threading
 import time
-import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
 
+from hpcresume.display.keys import listening
 from hpcresume.display.progress import RankProgress
 from hpcresume.display.screen import screen_lines
 from hpcresume.display.view import View, Viewer
@@ -106,42 +103,11 @@ def _show(viewer: Viewer, console: Console, leave: Callable[[], bool]) -> None:
         redirect_stdout=False,
         redirect_stderr=False,
     )
-    with _keys() as pressed, live:
+    with listening() as pressed, live:
         while not leave():
             live.refresh()
             if pressed(_FRAME_S) & _LEAVE_KEYS:
                 return
-
-
-@contextlib.contextmanager
-def _keys() -> Iterator[Callable[[float], frozenset[str]]]:
-    """What waits for keys so many seconds and returns them; without a keyboard it only waits."""
-    try:
-        fd = sys.stdin.fileno()
-        before = termios.tcgetattr(fd)
-    except (AttributeError, OSError, ValueError, termios.error):
-
-        def wait(seconds: float) -> frozenset[str]:
-            time.sleep(seconds)
-            return frozenset()
-
-        yield wait
-        return
-
-    def pressed(seconds: float) -> frozenset[str]:
-        if not select.select([fd], [], [], seconds)[0]:
-            return frozenset()
-        typed = os.read(fd, 64)
-        if not typed:
-            # The keyboard is gone: what waits for it would return at once from now on.
-            time.sleep(seconds)
-        return frozenset(typed.decode(errors="replace"))
-
-    tty.setcbreak(fd)
-    try:
-        yield pressed
-    finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
 class Dashboard:

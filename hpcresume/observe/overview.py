@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcresume.errors import NotFound
+from hpcresume.errors import HpcResumeError, unavailable
 from hpcresume.observe.chain import StoryTail
 from hpcresume.observe.jobs import LivingJobs
 from hpcresume.run_dir import RunDir, all_runs
@@ -28,8 +28,13 @@ class Overview:
     runs: dict[str, RunStatus]
     """By their ids."""
     paths: dict[str, RunDir]
-    damaged: list[str]
-    """A sentence for each directory that looks like a run and is none."""
+    errors: list[HpcResumeError]
+    """Why runs could not be looked at: each is a sentence with its path."""
+
+    @property
+    def damaged(self) -> list[str]:
+        """The sentences of `errors`."""
+        return [str(error) for error in self.errors]
 
 
 class OverviewTail:
@@ -59,9 +64,10 @@ class OverviewTail:
                 if seen_complete and known.is_complete():
                     continue
                 status = known.look(self._jobs, self._add_up)
-            except (NotFound, OSError) as error:
+            except (HpcResumeError, OSError) as error:
                 self._known.pop(run.path, None)
-                found.damaged.append(str(error))
+                told = unavailable(error) if isinstance(error, OSError) else error
+                found.errors.append(told)
                 continue
             seen_complete |= status.state == "complete" and not self._all_complete
             key = known.run_id

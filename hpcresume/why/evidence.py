@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpcresume.chain import PastLink
-from hpcresume.display.tables import ago, day_and_hour, late_words
+from hpcresume.display.tables import ago, calendar_words, late_words
 from hpcresume.history import resized
 from hpcresume.status import fell_back
 from hpcresume.training.progress import clock
@@ -146,16 +146,7 @@ def _saved(view: View) -> str:
 
 
 def _calendar(view: View) -> str:
-    """`about Mon 14:20, in this and 2 more links; at best Mon 12:05`"""
-    calendar = view.status.calendar
-    assert calendar is not None
-    expected, best = (day_and_hour(at, view.now) for at in (calendar.expected, calendar.best))
-    runs = view.status.state == "running"
-    further = calendar.links_left - runs
-    more = f"{further} more link{'s' * (further != 1)}" if further else "link"
-    words = f"about {expected}, in {'this ' * runs}{'and ' * (runs and further > 0)}{more}"
-    words += "" if best == expected else f"; at best {best}"
-    late = late_words(view.status)
+    words, late = calendar_words(view.status, view.now), late_words(view.status)
     return f"{words}; {late}" if late else words
 
 
