@@ -61,6 +61,30 @@ def test_torchrun_on_two_nodes_ends_with_the_bytes_of_the_uncut_run(tmp_path: Pa
     assert (chain.folder / "ddp.pt").read_bytes() == uncut
 
 
+_WHO = """
+import os
+from torch import distributed
+distributed.init_process_group("gloo")
+rank, ranks = distributed.get_rank(), distributed.get_world_size()
+print(f"rank {rank} of {ranks}, {os.environ['GROUP_RANK']}")
+distributed.barrier()
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.long
+def test_accelerate_launch_on_two_nodes_counts_the_processes_of_one(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    (tmp_path / "who.py").write_text(_WHO)
+    chain = Chain(tmp_path)
+    accelerate = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu")
+    chain.submit("--nodes=2", "--", *accelerate, "--num_processes=2", "who.py")
+    assert chain.ends() == ["completed"], chain.story()
+    said = chain.printed(1, 0) + chain.printed(1, 1)
+    for rank in range(4):
+        assert f"rank {rank} of 4, {rank // 2}" in said, said
+
+
 JOB = {
     "HPCRESUME_LINK": "3",
     "HPCRESUME_NODES": "2",

@@ -48,6 +48,20 @@ def test_fsdp_on_two_nodes_ends_with_the_bytes_of_the_uncut_run_on_slurm(
     assert not differing(fingerprint(uncut.run), fingerprint(chain.run))
 
 
+def test_every_node_of_a_range_has_its_tasks_and_their_cpus(chain: Chain) -> None:
+    (chain.folder / "job.sh").write_text(
+        'echo "rank $RANK of $WORLD_SIZE on $SLURMD_NODENAME, $SLURM_CPUS_PER_TASK CPUs"\n'
+    )
+    drain(chain, chain.cluster.nodes[3])
+    asked = ("--nodes=2-4", "--tasks-per-node=2", "--cpus-per-task=2")
+    chain.submit(*asked, "--", "bash", "job.sh")
+    chain.finished()
+    assert chain.ends() == ["completed"], chain.story()
+    for rank in range(6):
+        node = chain.cluster.nodes[rank // 2]
+        assert f"rank {rank} of 6 on {node}, 2 CPUs" in chain.printed(1, rank), chain.story()
+
+
 def drain(chain: Chain, *nodes: str) -> None:
     """Keep nodes from any further job."""
     names = f"nodename={','.join(nodes)}"
