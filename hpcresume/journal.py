@@ -27,7 +27,7 @@ from hpcresume.run_dir import LinkDir, RunDir
 VERSION = 1
 _LARGEST = 1e18
 #: What readers take for numbers.
-_NUMBERS = ("t", "step", "after_link", "of", "seconds", "step_s")
+_NUMBERS = ("t", "step", "after_link", "of", "seconds", "step_s", "save_s")
 Record = dict[str, Any]
 
 

@@ -112,7 +112,12 @@ def lead_s(config: RunConfig, links: Sequence[LinkRecords]) -> float:
     if config.chain.lead_s is not None:
         return config.chain.lead_s
     steps = [record["step_s"] for record in saves(links) if "step_s" in record]
-    return lead_time(save_durations(links), steps, guess_s=_guess_s(config))
+    durations, guess_s = save_durations(links), _guess_s(config)
+    if not durations:
+        # A framework has saved before it was ever told to leave: that takes longer still.
+        told = [float(record["save_s"]) for record in saves(links) if "save_s" in record]
+        guess_s = max(guess_s, 2 * max(told, default=0.0))
+    return lead_time(durations, steps, guess_s=guess_s)
 
 
 def save_durations(links: Sequence[LinkRecords]) -> list[float]:

@@ -20,12 +20,18 @@ from safetensors.torch import save_file
 from test_command import Chain, chain, script
 
 from hpcresume import files
+from hpcresume.adapters.ending import Attempt
 from hpcresume.adapters.guest import Guest
 from hpcresume.adapters.heard import Heard
+from hpcresume.adapters.notes import Notes
+from hpcresume.adapters.sight import Sight
 from hpcresume.adapters.vouched import NAME, newest, numbered, read_voucher, vouch, why_not
+from hpcresume.config import ProgressConfig, from_mapping
 from hpcresume.errors import CheckpointError
-from hpcresume.journal import known_step, read_chain, read_metrics
+from hpcresume.journal import LinkRecords, known_step, read_chain, read_metrics
 from hpcresume.run_dir import LinkDir, RunDir
+from hpcresume.successors import lead_s
+from hpcresume.training.clock import MARGIN_S
 
 __all__ = ["chain"]
 
@@ -329,6 +335,33 @@ def test_after_a_second_restore_in_a_link_what_was_known_before_it_counts_no_mor
     for kind, step in (("restored", 50), ("restored", 40), ("saved", 45)):
         writer.append({"v": 1, "t": 1.0, "kind": kind, "step": step})
     assert known_step(read_chain(run)) == 45
+
+
+def test_the_first_lead_time_follows_the_saves_that_a_framework_has_measured() -> None:
+    config = from_mapping({"command": ["true"]}, "test")
+    saved = {"v": 1, "t": 0.0, "kind": "saved", "step": 1, "save_s": 90.0}
+    assert lead_s(config, [LinkRecords(1, {}, [saved])]) == 180 + MARGIN_S
+    left = {"v": 1, "t": 0.0, "kind": "saved", "step": 2, "seconds": 12.0}
+    assert lead_s(config, [LinkRecords(1, {}, [saved, left])]) == 12 + MARGIN_S
+
+
+@pytest.mark.parametrize(
+    ("attempt", "expected"),
+    [
+        pytest.param(Attempt(code=0, told="deadline", took_s=7.0), [7.0], id="left"),
+        pytest.param(Attempt(code=-9, told="x", took_s=60.0, killed=True), [60.0], id="killed"),
+        pytest.param(Attempt(code=0, told="deadline"), [], id="before-it-was-told"),
+    ],
+)
+def test_how_long_a_framework_took_to_leave_is_learned_even_where_it_was_killed(
+    link: LinkDir, guest: Guest, tmp_path: Path, attempt: Attempt, expected: list[float]
+) -> None:
+    assert guest.run is not None
+    guest.began(3, newest([]), looked_in=tmp_path)
+    notes = Notes(guest.run, link, Sight(ProgressConfig(), tmp_path), tmp_path, job="1")
+    notes.ended(attempt)
+    records = [r for k in read_chain(guest.run) for r in k.all("saved") if "seconds" in r]
+    assert [r["seconds"] for r in records] == expected
 
 
 # ---- in a chain --------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from made_run import make_run
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
+from hpcresume.adapters.folders import superseded
 from hpcresume.adapters.notes import Notes
 from hpcresume.adapters.sight import Sight
 from hpcresume.adapters.vouched import NAME, numbered, vouch, why_not
@@ -41,7 +42,7 @@ from transformers import (  # noqa: E402
 
 from hpcresume.adapters import huggingface  # noqa: E402
 from hpcresume.adapters.heard import Heard  # noqa: E402
-from hpcresume.adapters.huggingface import HpcResumeCallback, superseded  # noqa: E402
+from hpcresume.adapters.huggingface import HpcResumeCallback  # noqa: E402
 
 # What transformers and accelerate warn of in themselves is not ours to mend.
 pytestmark = [
@@ -418,6 +419,18 @@ def test_looking_for_a_checkpoint_unpickles_nothing(tmp_path: Path) -> None:
     assert why_not(earlier / "checkpoint-8") is None
     listening = False
     assert not names
+
+
+def test_another_batch_size_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = Training(tmp_path / "cut")
+    training.link(monkeypatch, 3)
+    training.settings["per_device_train_batch_size"] = 2
+    logging.getLogger("hpcresume").propagate = True
+    with caplog.at_level(logging.WARNING, "hpcresume"):
+        training.link(monkeypatch, 5)
+    assert any("per_device_train_batch_size 4 -> 2: it goes on" in m for m in caplog.messages)
 
 
 # ---- how it ends ---------------------------------------------------------------------------------

@@ -15,17 +15,19 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl
 
 from hpcresume import files
-from hpcresume.adapters.guest import Guest, Left, nothing_left
+from hpcresume.adapters.folders import choose, superseded
+from hpcresume.adapters.guest import Guest, Left
 from hpcresume.adapters.keyed import Place, make_keyed
-from hpcresume.adapters.vouched import Newest, newest, numbered, read_voucher, why_not
+from hpcresume.adapters.vouched import Newest, numbered
 from hpcresume.errors import CheckpointError
 from hpcresume.scheduler.environment import RankPlace
 from hpcresume.training import buckets
@@ -154,7 +156,7 @@ class _Training:
         told: dict[str, Any] = {}
         if self._guest.rank == 0:
             try:
-                self._found, words = self._choose(asked)
+                self._found, words = choose(self._guest, self._folder, asked)
                 voucher = self._found.voucher
                 own = self._guest.owns(voucher)
                 told = {
@@ -174,28 +176,6 @@ class _Training:
         self._place.over = told["over"]
         path: str | None = told["path"]
         return path
-
-    def _choose(self, asked: Any) -> tuple[Newest, str]:
-        """The newest whole checkpoint of this run; else what the script asks for."""
-        folders = numbered(self._folder)
-        own = [path for path in folders if self._guest.owns(_voucher(path))]
-        known = self._guest.known_step(self._folder)
-        if own or known:
-            found = newest(own)
-            if found.path is None and self._guest.run is not None:
-                raise nothing_left(self._guest.run, known, self._folder)
-            return _with_strangers(found, folders, own), ""
-        if asked is False:
-            return Newest(), "resume_from_checkpoint=False"
-        if isinstance(asked, (str, os.PathLike)):
-            path = Path(asked)
-            wrong = why_not(path)
-            if wrong is not None:
-                raise CheckpointError(
-                    f"resume_from_checkpoint={path}: {wrong}. Name another one, or none."
-                )
-            return Newest(path=path, voucher=_voucher(path)), ""
-        return newest(folders), ""
 
     def _keyed(self, loader: Any) -> Any:
         """The trainer's loader, whose random numbers depend on nothing but the sample."""
@@ -219,6 +199,7 @@ class _Training:
 
     def begin(self, state: Any) -> None:
         """All is loaded, and the first epoch has not begun."""
+        self._first_epoch = True
         self._guest.began(state.global_step, self._found, looked_in=self._folder, words=self._words)
         for sentence in buckets.settle([self._trainer.model_wrapped]):
             self._warn(sentence)
@@ -227,7 +208,10 @@ class _Training:
                 "save_only_model leaves the optimizer out of checkpoints: what goes on from one is "
                 "not the training that was cut"
             )
+        if self._args.ignore_data_skip:
+            self._warn("ignore_data_skip begins an epoch anew where it was cut")
         if self._about:
+            self._compare()
             _restore_callbacks(self._trainer, state)
             self._restore_sums()
         if state.global_step >= state.max_steps > 0:
@@ -302,7 +286,8 @@ class _Training:
         if self._guest.rank == 0:
             path = self._folder / f"checkpoint-{state.global_step}"
             try:
-                self._guest.saved(state.global_step, path, seconds, {"sums": sums})
+                about = {"sums": sums, "shape": self._shape()}
+                self._guest.saved(state.global_step, path, seconds, about)
             except OSError as error:
                 log.warning("%s is not vouched for: %s", path, error)
             else:
@@ -335,6 +320,28 @@ class _Training:
         values = [float(value) for value in found if value is not None]
         return values if len(values) == len(_SUMS) else []
 
+    def _shape(self) -> dict[str, Any]:
+        """What must stay as it is for the batches to be those of the uncut training."""
+        args, data = self._args, self._trainer.train_dataset
+        stream = isinstance(data, IterableDataset)
+        return {
+            "world_size": args.world_size,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "seed": args.seed,
+            "data_seed": args.data_seed,
+            "samples": None if stream or data is None else len(data),
+            "dataloader_num_workers": args.dataloader_num_workers if stream else None,
+        }
+
+    def _compare(self) -> None:
+        before, now = self._about.get("shape") or {}, self._shape()
+        changed = [f"{n} {before[n]} -> {now[n]}" for n in now if before.get(n, now[n]) != now[n]]
+        if changed:
+            self._warn(
+                f"{', '.join(changed)}: it goes on, with other batches than the uncut training's"
+            )
+
     def _restore_sums(self) -> None:
         sums = self._about.get("sums") or []
         if self._args.process_index >= len(sums) or len(sums) != self._args.world_size:
@@ -344,40 +351,6 @@ class _Training:
             self._trainer._tr_loss.fill_(own[0])
             self._trainer._total_loss_scalar = own[1]
             self._trainer._globalstep_last_logged = int(own[2])
-
-
-def superseded(
-    folders: Sequence[Path], newest: Path, limit: int | None, best: str | None
-) -> list[Path]:
-    """Which checkpoints Trainer's `save_total_limit` has go, now that `newest` is verified.
-
-    By step, never by file time: those that are no part of this training any more first (their
-    step is beyond the newest), then the oldest. `newest` and `best` always stay.
-    """
-    if not limit or limit < 1:
-        return []
-    kept = {newest, *([newest.parent / Path(best).name] if best else [])}
-    ascending = [*reversed(folders)]
-    at = ascending.index(newest)
-    order = [*ascending[at + 1 :], *ascending[:at]]
-    excess = len(ascending) - max(limit, len(kept & {*ascending}))
-    return [path for path in order if path not in kept][: max(0, excess)]
-
-
-def _voucher(path: Path) -> Any:
-    try:
-        return read_voucher(path)
-    except (ValueError, OSError):
-        return None
-
-
-def _with_strangers(found: Newest, folders: Sequence[Path], own: Sequence[Path]) -> Newest:
-    """What was found, with the newer ones that nobody of this run vouched for."""
-    assert found.path is not None
-    newer = folders[: folders.index(found.path)]
-    stranger = "this run did not vouch for it"
-    others = [(path, why_not(path) or stranger) for path in newer if path not in own]
-    return Newest(path=found.path, voucher=found.voucher, passed_over=[*found.passed_over, *others])
 
 
 def _ended_early(path: Path | None) -> bool:

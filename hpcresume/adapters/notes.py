@@ -168,7 +168,9 @@ class Notes:
 
     def ended(self, attempt: Attempt) -> bool:
         """An attempt is over; whether anything new came of it."""
-        left = bool(attempt.took_s) and not attempt.killed
+        self.hear()
+        # One that had to be killed may never leave by itself; but a framework does, given its time.
+        left = attempt.took_s > 0 and (not attempt.killed or self.heard.any)
         # How long it takes to leave says how early the next one must be told.
         took = {"seconds": round(attempt.took_s, 3)} if left else {}
         if self.seen == TIME and attempt.told:
