@@ -50,6 +50,10 @@ class Classifier(lightning.LightningModule):
         time.sleep(self.hparams["pause"])
         return loss
 
+    def on_train_epoch_end(self) -> None:
+        loss = float(self.trainer.callback_metrics["loss_epoch"])
+        self.print(f"epoch {self.current_epoch + 1} loss {loss:.6f}", flush=True)
+
     def configure_optimizers(self) -> dict[str, object]:
         optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
         steps = int(self.trainer.estimated_stepping_batches)

@@ -8,17 +8,14 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from made_run import add_link, make_run
-from oracle import ENVIRON
-from test_command import Chain, chain
 
 from hpcresume import files
 from hpcresume.errors import CheckpointError
@@ -38,13 +35,11 @@ with warnings.catch_warnings():
     from torch.optim import lr_scheduler
     from torch.utils.data import DataLoader, IterableDataset
 
-    from hpcresume.adapters.lightning import HpcResumeCallback
+    from hpcresume.adapters.lightning import HpcResumeCallback, fits
     from hpcresume.adapters.resumable import ResumableBatches, Turn
 
-__all__ = ["chain"]
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
-EXAMPLE = "lightning_module.py"
 pytestmark = pytest.mark.filterwarnings("ignore")
 #: Batches of an epoch of these tests.
 PER_EPOCH = 7
@@ -106,7 +101,9 @@ class Model(lightning.LightningModule):
         seen = self.trainer.callback_metrics
         values = [float(seen[name]) for name in ("loss_epoch", "worst", "accuracy")]
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.epochs[self.current_epoch] = (*values, rate, self.global_step)
+        # What loggers are told as the step.
+        logged = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        self.epochs[self.current_epoch] = (*values, rate, self.global_step, logged)
 
     def validation_step(self, batch: Any) -> None:
         images, labels = batch
@@ -154,11 +151,14 @@ class Training:
         self.every = options.pop("every", None)
         self.ours = options.pop("ours", True)
         self.options = {"max_epochs": 3, **options}
+        self.new_process = True
         self.epochs: dict[int, Any] = {}
         self.validations: dict[int, float] = {}
 
     def link(self, cut: tuple[int, str] | None = None, **fit: Any) -> Any:
         """Train until the cut, or to the end; the Trainer, or None where it was cut."""
+        if self.new_process:
+            fits.clear()
         lightning.seed_everything(1, verbose=False)
         data = Stream() if self.stream else images(100)
         loader = DataLoader(
@@ -185,7 +185,7 @@ class Training:
             trainer.fit(model, loader, DataLoader(images(40), batch_size=16, shuffle=True), **fit)
         except (Crash, SystemExit) as error:
             left = error
-        assert getattr(left, "code", 0) == 0
+        self.code = getattr(left, "code", 0)
         self.epochs |= model.epochs
         self.validations |= model.validations
         return None if left else trainer
@@ -205,6 +205,7 @@ class Training:
 def through(training: Training, *cuts: tuple[int, str]) -> dict[str, Any]:
     for cut in cuts:
         assert training.link(cut) is None, f"not cut at {cut}"
+        assert training.code == 0
     return training.result(training.link())
 
 
@@ -221,7 +222,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "accumulating": {"accumulate_grad_batches": 2},
     "validating in mid-epoch": {"val_check_interval": 0.5, "plateau": "step"},
     "validating across epochs": {"val_check_interval": 3, "check_val_every_n_epoch": None},
-    "watching a metric": {"plateau": "epoch", "check_val_every_n_epoch": 2},
+    "watching a metric": {"plateau": "epoch", "max_epochs": 4},
+    "watching it now and then": {"plateau": "epoch", "check_val_every_n_epoch": 2},
     "counting steps": {"max_steps": 17, "max_epochs": -1},
     "with workers": {"workers": 2, "accumulate_grad_batches": 2},
     "of a stream": {"stream": True},
@@ -364,8 +366,9 @@ def test_a_run_whose_checkpoints_are_all_gone_does_not_begin_afresh_in_silence(
     assert training.link((5, STOP)) is None
     record_saves(training)
     shutil.rmtree(training.run.framework)
-    with pytest.raises(CheckpointError, match="had saved step 5"):
-        training.link()
+    assert training.link() is None
+    assert training.code == CheckpointError.exit_code
+    assert any("had saved step 5" in said for said in training.said)
 
 
 def record_saves(training: Linked) -> None:
@@ -477,6 +480,50 @@ def test_lightning_neither_requeues_the_job_nor_swallows_the_signal(
     assert not asked.exists()
 
 
+def test_a_script_that_trains_twice_goes_on_with_the_training_that_was_cut(tmp_path: Path) -> None:
+    def script(training: Linked, *cuts: Any) -> list[Any]:
+        """Two trainings, one after the other, each cut where told."""
+        results = []
+        training.new_process = True
+        for cut in cuts:
+            trainer = training.link(cut)
+            training.new_process = False
+            if trainer is None:
+                return results
+            results.append(training.result(trainer)["head.weight"])
+        return results
+
+    uncut = script(Linked(tmp_path / "uncut"), None, None)
+    training = Linked(tmp_path / "cut")
+    assert script(training, (9, STOP), None) == []
+    assert script(training, None, (4, STOP)) == uncut[:1]
+    assert script(training, None, None) == uncut
+    began = [(Path(r["path"]).parent.name, r["step"]) for r in training.told("began") if r["path"]]
+    assert began == [("framework", 9), ("framework", 3 * PER_EPOCH), ("fit-2", 4)]
+
+
+def test_a_strategy_that_spawns_processes_is_refused_by_name(tmp_path: Path) -> None:
+    from hpcresume.adapters.lightning_inside import Inside
+    from hpcresume.errors import ConfigError
+
+    trainer = lightning.Trainer(
+        accelerator="cpu", strategy="ddp_spawn", devices=2, logger=False, enable_checkpointing=False
+    )
+    with pytest.raises(ConfigError, match="use strategy='ddp'"):
+        Inside(trainer, HpcResumeCallback())
+
+
+def test_a_training_that_is_complete_is_gone_on_with_where_it_is_asked_for_more(
+    tmp_path: Path,
+) -> None:
+    # Its schedule of learning rates does not depend on how long it is.
+    uncut = through(Training(tmp_path / "uncut", plateau="epoch", max_epochs=5))
+    training = Training(tmp_path / "longer", plateau="epoch", max_epochs=3)
+    training.link()
+    training.options["max_epochs"] = 5
+    assert training.result(training.link()) == uncut
+
+
 def test_a_rehearsal_of_lightning_is_left_alone(tmp_path: Path) -> None:
     training = Linked(tmp_path, fast_dev_run=True)
     training.link()
@@ -521,51 +568,3 @@ def test_a_loader_that_ends_before_the_epoch_begins_again_in_another_order() -> 
     assert first != second
     assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second))
     assert loader.batch_size == 2, "all else is the user's loader"
-
-
-# ---- a chain -----------------------------------------------------------------------------------
-
-
-def uncut_example(folder: Path, *argv: str) -> subprocess.Popen[bytes]:
-    """The example, trained without a cut, from now on."""
-    folder.mkdir()
-    return subprocess.Popen(
-        [sys.executable, str(EXAMPLES / EXAMPLE), *argv],
-        cwd=folder,
-        env=ENVIRON,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
-def same_files(one: Path, other: Path) -> None:
-    first, second = (torch.load(path / "model.pt", weights_only=True) for path in (one, other))
-    flat: Sequence[Any] = [torch.utils._pytree.tree_flatten(saved) for saved in (first, second)]
-    (values, structure), (others, other_structure) = flat
-    assert structure == other_structure
-    for value, another in zip(values, others, strict=True):
-        equal = torch.equal(value, another) if torch.is_tensor(value) else value == another
-        assert equal, (value, another)
-
-
-@pytest.mark.timeout(240)
-def test_the_example_is_killed_and_stopped_and_ends_with_the_bits_of_the_uncut_run(
-    chain: Chain, tmp_path: Path
-) -> None:
-    shutil.copy(EXAMPLES / EXAMPLE, chain.folder)
-    chain.submit(
-        "--set=chain.signal_command=none",
-        *("--", sys.executable, EXAMPLE, "--pause=0.05"),
-        detach=True,
-    )
-    uncut = uncut_example(tmp_path / "uncut")
-    chain.cut(1, signal.SIGKILL, after="saved step 5")
-    chain.cut(2, signal.SIGTERM, after="saved step 15")
-    chain.completed()
-    assert uncut.wait() == 0
-    assert chain.ends() == ["killed", "deadline", "completed"], chain.story()
-    begun = [record["step"] for record in chain.records("restored") if record.get("guest")]
-    assert begun[0] == 0 < begun[1] < begun[2], chain.story()
-    same_files(chain.folder, tmp_path / "uncut")
-    status = chain.status()
-    assert (status["state"], status["step"]) == ("complete", 52)

@@ -7,20 +7,19 @@ so that a training which was cut ends as one that was not.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from hpcresume.adapters.guest import Guest, Left, nothing_left
 from hpcresume.adapters.lightning_inside import Inside, is_fitting
@@ -28,10 +27,24 @@ from hpcresume.adapters.lightning_log import Told
 from hpcresume.adapters.lightning_state import Restoring, capture
 from hpcresume.adapters.resumable import ResumableBatches, Turn
 from hpcresume.adapters.vouched import Newest, newest, read_voucher, voucher_path
+from hpcresume.errors import CheckpointError
 from hpcresume.scheduler.environment import RankPlace
+from hpcresume.training import buckets
 from hpcresume.training.distributed import EXCHANGE_S, Agreement, Ranks
 
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import Callback
+elif "pytorch_lightning" in sys.modules or find_spec("lightning") is None:
+    # The same under its older name. Nothing of it is needed here but hooks that do nothing.
+    from pytorch_lightning.callbacks import Callback
+else:
+    from lightning.pytorch.callbacks import Callback
+
 log = logging.getLogger("hpcresume.lightning")
+
+#: Where each training of this process has had its checkpoints.
+fits: list[Path] = []
 
 _KEY = "hpcresume"
 _STEP = re.compile(r"step[=-](\d+)")
@@ -39,8 +52,9 @@ _STEP = re.compile(r"step[=-](\d+)")
 _KEEP = 2
 #: At the beginning of an epoch it saves when this part of `every_min` has passed.
 _AT_EPOCHS = 0.1
-#: Where in a step a checkpoint was saved: between two, or in a hook at the end of a batch or epoch.
-_BETWEEN, _BATCH, _EPOCH = "between steps", "batch end", "epoch end"
+#: Where a checkpoint was saved: between two steps, in a hook at the end of a batch or of an epoch,
+#: or at the end of it all.
+_BETWEEN, _BATCH, _EPOCH, _END = "between steps", "batch end", "epoch end", "end of training"
 
 
 class HpcResumeCallback(Callback):
@@ -73,7 +87,6 @@ class HpcResumeCallback(Callback):
         self._restoring: Restoring | None = None
         self._stepped_at = -1
         self._wish = False
-        self._completed = False
         self._saved_at = 0
         self._saved_time = self._step_time = time.monotonic()
 
@@ -92,7 +105,12 @@ class HpcResumeCallback(Callback):
         self._agreement = Agreement(self._ranks)
         # As the script has seeded it; of rank 0, because all ranks share one order.
         self._seed = int(self._ranks.broadcast(torch.initial_seed() % 2**63))
-        self._folder = trainer.strategy.broadcast(str(self._own_folder(trainer)))
+        folder = self._own_folder(trainer)
+        fits.append(folder)
+        # A script may train several times: each time has a place of its own.
+        if (number := fits.count(folder)) > 1:
+            folder /= f"fit-{number}"
+        self._folder = Path(self._ranks.broadcast(str(folder)))
         if self._inside is None or self._inside.trainer is not trainer:
             self._inside = Inside(trainer, self)
 
@@ -107,16 +125,23 @@ class HpcResumeCallback(Callback):
         return Path(trainer.default_root_dir).absolute() / "hpcresume" / name
 
     def choose(self, trainer: Trainer, given: Any) -> Any:
-        """What to resume from, given what the script says: the newest of this run that is whole."""
+        """What to resume from, found by rank 0 for all: see Steers."""
         assert self._guest is not None
-        if self._guest.rank == 0:
-            found, step, words = self._look(trainer, given)
-            self._guest.began(step, found, looked_in=Path(self._folder), words=words)
-            path = str(found.path) if found.path is not None else None
-        else:
-            path = None
-        path = self._ranks.broadcast(path)
-        return given if path is None and given and not _local(given) else path
+        told: dict[str, Any] = {}
+        if self._ranks.rank == 0:
+            try:
+                found, step, words = self._look(trainer, given)
+            except CheckpointError as error:
+                told = {"error": str(error)}
+            else:
+                self._guest.began(step, found, looked_in=self._folder, words=words)
+                told = {"path": None if found.path is None else str(found.path)}
+        told = self._ranks.broadcast(told)
+        if "error" in told:
+            if self._ranks.rank == 0:
+                log.error("%s", told["error"])
+            raise SystemExit(CheckpointError.exit_code)
+        return told["path"] or (given if given and not _local(given) else None)
 
     def _look(self, trainer: Trainer, given: Any) -> tuple[Newest, int, str]:
         """The newest, its step, and why there is none."""
@@ -125,9 +150,9 @@ class HpcResumeCallback(Callback):
         found = newest(self._candidates(trainer))
         if found.path is not None and found.voucher is not None:
             return found, found.voucher.step, ""
-        known = guest.known_step()
+        known = guest.known_step(self._folder)
         if known and guest.run is not None:
-            raise nothing_left(guest.run, known, Path(self._folder))
+            raise nothing_left(guest.run, known, self._folder)
         if given and not _local(given):
             return found, 0, f"Lightning loads {given}"
         if given:
@@ -152,7 +177,7 @@ class HpcResumeCallback(Callback):
     def _candidates(self, trainer: Trainer) -> list[Path]:
         """This run's files: those that continue exactly before all others, the newest first."""
         assert self._guest is not None
-        found = [(True, _number(path), path) for path in _saved_in(Path(self._folder))]
+        found = [(True, _number(path), path) for path in _saved_in(self._folder)]
         for folder in _folders(trainer):
             for path in _saved_in(folder):
                 try:
@@ -212,22 +237,24 @@ class HpcResumeCallback(Callback):
             return
         self._inside.take_signals_back()
         self._inside.place_loaders()
+        for sentence in buckets.settle([trainer.model] if trainer.model is not None else []):
+            log.warning("%s", sentence)
         self._began = True
         if self._loaded is None:
             return
         if self._ranks.rank < len(self._loaded["ranks"]):
             self._restoring = Restoring(self._loaded["ranks"][self._ranks.rank])
             self._restoring.start(trainer)
-            if self._loaded["moment"] == _EPOCH:
+            if self._loaded["moment"] in (_EPOCH, _END):
                 self._restoring.end_epoch()
         if self._loaded["moment"] == _BETWEEN:
             self._inside.hold_plateaus()
-        if self._loaded["completed"]:
+        if self._loaded["stopped"]:
             trainer.should_stop = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See Callback: what was saved at an epoch's end goes on here."""
-        if self._loaded is not None and self._loaded["moment"] == _EPOCH:
+        if self._loaded is not None and self._loaded["moment"] in (_EPOCH, _END):
             self._begin(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
@@ -311,17 +338,16 @@ class HpcResumeCallback(Callback):
 
     # ---- saves -------------------------------------------------------------------------------
 
-    def _save(self, trainer: Trainer, *, completed: bool = False) -> None:
-        self._completed = completed
+    def _save(self, trainer: Trainer) -> None:
         # What a checkpoint follows on must be on the disk with it.
         self._told.flush()
-        path = Path(self._folder) / f"step-{trainer.global_step}.ckpt"
+        path = self._folder / f"step-{trainer.global_step}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
         self._saved_at = trainer.global_step
         self._saved_time = time.monotonic()
         self._wish = False
         if self._ranks.rank == 0:
-            for old in _saved_in(Path(self._folder))[_KEEP:]:
+            for old in _saved_in(self._folder)[_KEEP:]:
                 trainer.strategy.remove_checkpoint(old)
 
     def on_save_checkpoint(
@@ -334,7 +360,7 @@ class HpcResumeCallback(Callback):
             "seed": self._seed,
             "moment": self._moment,
             "exact": self._exact(trainer),
-            "completed": self._completed,
+            "stopped": self._moment == _END and trainer.should_stop,
             "logged": self._inside.logged(),
             "ranks": self._ranks.gather(capture(trainer, pl_module)),
         }
@@ -347,10 +373,9 @@ class HpcResumeCallback(Callback):
     def _exact(self, trainer: Trainer) -> bool:
         """Whether a checkpoint that is saved now leaves nothing of the step to be done."""
         if self._moment != _BATCH:
-            return self._moment == _BETWEEN
+            return self._moment in (_BETWEEN, _END)
         assert self._inside is not None
-        overridden = is_overridden("on_train_batch_end", trainer.lightning_module)
-        return not overridden and self._inside.is_plain_step()
+        return self._inside.is_plain_step()
 
     # ---- the end -----------------------------------------------------------------------------
 
@@ -358,9 +383,10 @@ class HpcResumeCallback(Callback):
         """See Callback: a last checkpoint, so that what follows can be repeated."""
         if not self._began:
             return
+        self._moment = _END
         self._agreement.settle()
         if trainer.global_step > self._saved_at:
-            self._save(trainer, completed=True)
+            self._save(trainer)
         self._told.flush()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -383,8 +409,31 @@ class HpcResumeCallback(Callback):
     def _leave(self) -> None:
         if self._guest is not None:
             self._guest.unlisten()
+            self._guest.close()
         self._guest = None
         self._began = False
+
+
+def inject() -> None:
+    """Give every Trainer that is made from now on a callback, if it has none."""
+    for name in ("lightning.pytorch.trainer.trainer", "pytorch_lightning.trainer.trainer"):
+        trainer = getattr(sys.modules.get(name), "Trainer", None)
+        if trainer is not None and not hasattr(trainer.__init__, "hpcresume"):
+            _inject_into(trainer)
+
+
+def _inject_into(kind: Any) -> None:
+    made = kind.__init__
+
+    @functools.wraps(made)
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if not any(isinstance(callback, HpcResumeCallback) for callback in self.callbacks):
+            # Callbacks that save come last, as Lightning sorts them.
+            self.callbacks.insert(0, HpcResumeCallback())
+
+    make.hpcresume = True  # type: ignore[attr-defined]
+    kind.__init__ = make
 
 
 def _ranks(trainer: Trainer) -> Ranks:
@@ -414,7 +463,7 @@ def _folders(trainer: Trainer) -> list[Path]:
     found: dict[Path, None] = {}
     for callback in trainer.checkpoint_callbacks:
         dirpath = getattr(callback, "dirpath", None)
-        if not isinstance(callback, ModelCheckpoint) or not dirpath or not _local(dirpath):
+        if not dirpath or not _local(dirpath):
             continue
         folder = Path(dirpath)
         found[folder] = None

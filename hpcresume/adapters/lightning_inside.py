@@ -6,17 +6,18 @@ Tried with Lightning 2.5 and 2.6; another one that lacks these places is refused
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
-
-import lightning
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch import Trainer
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hpcresume.adapters.vouched import voucher_path
 from hpcresume.errors import ConfigError
+
+if TYPE_CHECKING:
+    # `pytorch_lightning` has classes of its own by the same names: none is asked for at run time.
+    from lightning.pytorch import Trainer
 
 log = logging.getLogger("hpcresume.lightning")
 
@@ -46,6 +47,7 @@ class Inside:
         self.trainer = trainer
         try:
             self._no_requeue()
+            self._no_spawning()
             self._wrap(trainer._checkpoint_connector, "resume_start", self._resuming(steers))
             self._wrap(trainer.strategy, "process_dataloader", self._loading(steers))
             self._wrap(trainer.strategy, "remove_checkpoint", self._removing)
@@ -53,9 +55,10 @@ class Inside:
             _ = trainer._logger_connector._callback_metrics, trainer._signal_connector.teardown
             _ = self.logged(), trainer.fit_loop._restarting, trainer.fit_loop.batch_idx
         except AttributeError as error:
+            version = sys.modules[type(trainer).__module__.partition(".")[0]].__version__
             raise ConfigError(
-                f"HpcResumeCallback does not know Lightning {lightning.__version__}: {error}. "
-                f"Install a version from 2.5 to 2.6, or a newer hpcresume."
+                f"HpcResumeCallback does not know Lightning {version}: {error}. Install one from "
+                f"2.5 to 2.6, or a newer hpcresume."
             ) from None
 
     @staticmethod
@@ -65,10 +68,19 @@ class Inside:
     def _no_requeue(self) -> None:
         """Lightning's own chain would save inside a signal handler and requeue the job as well."""
         environment = self.trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            environment.auto_requeue = False
+        if getattr(environment, "auto_requeue", False):
+            environment.auto_requeue = False  # type: ignore[attr-defined]
             if self.trainer.global_rank == 0:
                 log.info("Lightning's auto_requeue is switched off: hpcresume chains the jobs")
+
+    def _no_spawning(self) -> None:
+        """Processes that Lightning spawns out of this one cannot end it."""
+        launcher = type(self.trainer.strategy.launcher)
+        if any(kind.__name__ == "_MultiProcessingLauncher" for kind in launcher.__mro__):
+            raise ConfigError(
+                "HpcResumeCallback: with a strategy that spawns processes nobody can leave in "
+                "time: use strategy='ddp' instead of 'ddp_spawn' or 'ddp_notebook'."
+            )
 
     def _resuming(self, steers: Steers) -> Callable[[Any], Any]:
         def wrapped(resume_start: Any) -> Any:
@@ -158,8 +170,11 @@ class Inside:
         return int(self.trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def is_plain_step(self) -> bool:
-        """Whether a batch that is over leaves nothing to do but to fetch the next one: no
-        validation, no end of the epoch, no scheduler, and no gradients that are added up."""
+        """Whether a batch that is over leaves nothing to do but to fetch the next one: no hook of
+        the model, no validation, no end of the epoch, no scheduler, no gradients to be added to."""
+        hook = type(self.trainer.lightning_module).on_train_batch_end
+        if hook.__qualname__ != "ModelHooks.on_train_batch_end":
+            return False
         loop = self.trainer.fit_loop.epoch_loop
         assert self.trainer.fit_loop._data_fetcher is not None
         watching = any(c.reduce_on_plateau for c in self.trainer.lr_scheduler_configs)

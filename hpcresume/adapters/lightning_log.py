@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Trainer
 
 from hpcresume.adapters.guest import Guest
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 class Told:

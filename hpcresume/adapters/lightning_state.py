@@ -7,12 +7,14 @@ have added up so far, those of `self.log(on_epoch=True)` and those of torchmetri
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 
 from hpcresume.checkpoint import rng
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 def capture(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
