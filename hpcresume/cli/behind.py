@@ -67,6 +67,12 @@ def command_options(command: F) -> F:
             help="Give the command's Hugging Face Trainer a callback that stops and resumes it.",
         ),
         click.option(
+            "--lightning",
+            "framework",
+            flag_value="lightning",
+            help="Give the command's Lightning Trainer a callback that stops and resumes it.",
+        ),
+        click.option(
             "--done-when",
             multiple=True,
             metavar="FILE|log:PATTERN",

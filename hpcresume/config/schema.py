@@ -219,7 +219,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The training function: "file.py:func" or "package.module:func"; ":train" may be left out."""
     command: list[str] = msgspec.field(default_factory=list)
     """Instead of a training function, a command that every rank runs, one word an entry."""
-    framework: Literal["huggingface"] | None = None
+    framework: Literal["huggingface", "lightning"] | None = None
     """The training framework in a `command`, whose trainer gets a callback of ours that stops it in
     time and tells how it is; null: none, or its script has the callback itself."""
     args: dict[str, Any] = msgspec.field(default_factory=dict)

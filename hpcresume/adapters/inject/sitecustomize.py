@@ -12,8 +12,15 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-#: Of each framework: the module to wait for, and ours whose `inject` is called then.
-_FRAMEWORKS = {"huggingface": ("transformers.trainer", "hpcresume.adapters.huggingface")}
+#: Of each framework: ours whose `inject` is called when one of the modules behind it is loaded.
+_FRAMEWORKS = {
+    "huggingface": ("hpcresume.adapters.huggingface", "transformers.trainer"),
+    "lightning": (
+        "hpcresume.adapters.lightning",
+        "lightning.pytorch.trainer.trainer",
+        "pytorch_lightning.trainer.trainer",
+    ),
+}
 
 
 class _Waiting:
@@ -62,5 +69,6 @@ def _go_on(here: str) -> None:
 
 
 if os.environ.get("HPCRESUME_FRAMEWORK") in _FRAMEWORKS:
-    sys.meta_path.insert(0, _Waiting(*_FRAMEWORKS[os.environ["HPCRESUME_FRAMEWORK"]]))
+    _ours, *_all_awaited = _FRAMEWORKS[os.environ["HPCRESUME_FRAMEWORK"]]
+    sys.meta_path[:0] = [_Waiting(_awaited, _ours) for _awaited in _all_awaited]
 _go_on(os.path.dirname(os.path.abspath(__file__)))
