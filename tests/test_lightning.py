@@ -37,6 +37,7 @@ with warnings.catch_warnings():
 
     from hpcresume.adapters.lightning import HpcResumeCallback, fits
     from hpcresume.adapters.resumable import ResumableBatches, Turn
+    from hpcresume.adapters.vouched import voucher_path, why_not
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -150,6 +151,7 @@ class Training:
         self.callbacks: Callable[[], list[Any]] = options.pop("callbacks", list)
         self.every = options.pop("every", None)
         self.ours = options.pop("ours", True)
+        self.dirpath = options.pop("dirpath", None)
         self.options = {"max_epochs": 3, **options}
         self.new_process = True
         self.epochs: dict[int, Any] = {}
@@ -167,7 +169,7 @@ class Training:
         callbacks = self.callbacks()
         saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
         if self.ours:
-            callbacks.append(HpcResumeCallback(every_n_steps=self.every))
+            callbacks.append(HpcResumeCallback(every_n_steps=self.every, dirpath=self.dirpath))
         trainer = lightning.Trainer(
             accelerator="cpu",
             devices=1,
@@ -402,6 +404,42 @@ def test_digests_go_with_the_checkpoint_that_model_checkpoint_removes(tmp_path: 
     )
     training.link()
     assert len(list(place.iterdir())) == 2
+
+
+def test_no_checkpoint_goes_because_of_damaged_ones_beyond_it(tmp_path: Path) -> None:
+    training = Linked(tmp_path, every=2)
+    assert training.link((14, CRASH)) is None
+    for path in checkpoints(training.run):
+        half(path)
+    given = Linked(tmp_path / "given")
+    given.link((5, STOP))
+    start = checkpoints(given.run)[-1]
+    shutil.copy(start, training.run.framework)
+    shutil.copy(voucher_path(start), training.run.framework)
+    assert training.link((8, STOP)) is None
+    names = [path.name for path in checkpoints(training.run)]
+    assert names == ["step-6.ckpt", "step-8.ckpt", "step-10.ckpt", "step-12.ckpt"]
+    assert [why_not(path) is None for path in checkpoints(training.run)] == [1, 1, 0, 0]
+
+
+def test_what_was_saved_and_not_yet_vouched_for_is_gone_on_from(tmp_path: Path) -> None:
+    uncut = through(Training(tmp_path / "uncut"))
+    training = Linked(tmp_path)
+    assert training.link((5, STOP)) is None
+    record_saves(training)
+    voucher_path(checkpoints(training.run)[-1]).unlink()
+    assert training.result(training.link()) == uncut
+    began = training.told("began")[-1]
+    assert (began["step"], began["verified"]) == (5, False)
+
+
+def test_a_place_of_ones_own_is_shared_by_runs_and_not_mixed_up(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        training = Linked(tmp_path / name, dirpath=tmp_path / "shared")
+        training.run = make_run(tmp_path / name, name)
+        assert training.link((5, STOP)) is None
+        assert training.told("began")[-1]["step"] == 0
+        assert (tmp_path / "shared" / name / "step-5.ckpt").exists()
 
 
 def test_an_exact_checkpoint_is_preferred_to_a_newer_one_of_a_hook(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ class HpcResumeCallback(Callback):
 
     `every_n_steps` and `every_min` (minutes; a tenth of them at the beginning of an epoch) say how
     often it saves besides, at a step boundary, for the case that a job is killed; None: never.
-    `dirpath` is where; None: in the run's directory.
+    `dirpath` is where, in a folder of the run's name; None: in the run's directory.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class HpcResumeCallback(Callback):
         self._at: Turn | None = None
         self._moment = _BETWEEN
         self._restoring: Restoring | None = None
+        self._found: Newest | None = None
         self._stepped_at = -1
         self._wish = False
         self._saved_at = 0
@@ -116,10 +117,11 @@ class HpcResumeCallback(Callback):
 
     def _own_folder(self, trainer: Trainer) -> Path:
         assert self._guest is not None
+        run = self._guest.run
         if self._dirpath is not None:
-            return self._dirpath
-        if self._guest.run is not None:
-            return self._guest.run.framework
+            return self._dirpath if run is None else self._dirpath / run.name
+        if run is not None:
+            return run.framework
         # The same command line goes on with the same training.
         name = xxhash.xxh3_64_hexdigest("\0".join(sys.argv).encode())[:8]
         return Path(trainer.default_root_dir).absolute() / "hpcresume" / name
@@ -130,12 +132,11 @@ class HpcResumeCallback(Callback):
         told: dict[str, Any] = {}
         if self._ranks.rank == 0:
             try:
-                found, step, words = self._look(trainer, given)
+                self._found, self._words = self._look(trainer, given)
             except CheckpointError as error:
                 told = {"error": str(error)}
             else:
-                self._guest.began(step, found, looked_in=self._folder, words=words)
-                told = {"path": None if found.path is None else str(found.path)}
+                told = {"path": None if self._found.path is None else str(self._found.path)}
         told = self._ranks.broadcast(told)
         if "error" in told:
             if self._ranks.rank == 0:
@@ -143,18 +144,25 @@ class HpcResumeCallback(Callback):
             raise SystemExit(CheckpointError.exit_code)
         return told["path"] or (given if given and not _local(given) else None)
 
-    def _look(self, trainer: Trainer, given: Any) -> tuple[Newest, int, str]:
-        """The newest, its step, and why there is none."""
+    def _tell_beginning(self, step: int) -> None:
+        """All is loaded; once."""
+        assert self._guest is not None
+        if self._found is not None:
+            self._guest.began(step, self._found, looked_in=self._folder, words=self._words)
+        self._found = None
+
+    def _look(self, trainer: Trainer, given: Any) -> tuple[Newest, str]:
+        """The newest, and why there is none."""
         guest = self._guest
         assert guest is not None
         found = newest(self._candidates(trainer))
-        if found.path is not None and found.voucher is not None:
-            return found, found.voucher.step, ""
+        if found.path is not None:
+            return found, ""
         known = guest.known_step(self._folder)
         if known and guest.run is not None:
             raise nothing_left(guest.run, known, self._folder)
         if given and not _local(given):
-            return found, 0, f"Lightning loads {given}"
+            return found, f"Lightning loads {given}"
         if given:
             older = newest([Path(given), *_plain(Path(given).parent, but=Path(given))])
             passed_over = [*found.passed_over, *older.passed_over]
@@ -162,9 +170,7 @@ class HpcResumeCallback(Callback):
             if found.path is None:
                 # Lightning says better what is wrong with what the script names.
                 found = Newest(path=Path(given), passed_over=found.passed_over)
-            assert found.path is not None
-            voucher = found.voucher
-            return found, voucher.step if voucher else _number(found.path), ""
+            return found, ""
         left = [path for folder in _folders(trainer) for path in _plain(folder)]
         words = f"no checkpoint of this run in {self._folder}"
         if left:
@@ -172,7 +178,7 @@ class HpcResumeCallback(Callback):
                 f"; {left[0]} is another training's: give trainer.fit(ckpt_path=...) to go on "
                 f"from it"
             )
-        return found, 0, words
+        return found, words
 
     def _candidates(self, trainer: Trainer) -> list[Path]:
         """This run's files: those that continue exactly before all others, the newest first."""
@@ -203,15 +209,14 @@ class HpcResumeCallback(Callback):
             )
             return
         self._seed = int(self._loaded["seed"])
-        for name, was in (("ranks", len(self._loaded["ranks"])),):
-            if was != self._ranks.world_size:
-                log.warning(
-                    "the checkpoint was saved by %d %s, and %d go on: the training is another one "
-                    "from here",
-                    was,
-                    name,
-                    self._ranks.world_size,
-                )
+        before, now = len(self._loaded["ranks"]), self._ranks.world_size
+        if before != now:
+            log.warning(
+                "the checkpoint was saved by %d ranks, and %d go on: the training is another one "
+                "from here",
+                before,
+                now,
+            )
         if not self._loaded["exact"]:
             log.warning(
                 "the checkpoint was saved in a hook of Lightning (%s): what was still to be done "
@@ -240,6 +245,7 @@ class HpcResumeCallback(Callback):
         for sentence in buckets.settle([trainer.model] if trainer.model is not None else []):
             log.warning("%s", sentence)
         self._began = True
+        self._tell_beginning(trainer.global_step)
         if self._loaded is None:
             return
         if self._ranks.rank < len(self._loaded["ranks"]):
@@ -347,7 +353,9 @@ class HpcResumeCallback(Callback):
         self._saved_time = time.monotonic()
         self._wish = False
         if self._ranks.rank == 0:
-            for old in _saved_in(self._folder)[_KEEP:]:
+            # What lies beyond was passed over when this training began: it counts as none.
+            saved = [p for p in _saved_in(self._folder) if _number(p) <= trainer.global_step]
+            for old in saved[_KEEP:]:
                 trainer.strategy.remove_checkpoint(old)
 
     def on_save_checkpoint(
@@ -393,6 +401,7 @@ class HpcResumeCallback(Callback):
         """See Callback: training has come to its end by itself."""
         if self._guest is None:
             return
+        self._tell_beginning(trainer.global_step)
         words = "it has stopped by itself" if trainer.should_stop else "fit has come to its end"
         self._guest.completed(trainer.global_step, words)
 

@@ -20,6 +20,7 @@ class Told:
         self._guest = guest
         self._every_steps = max(1, every_steps)
         self._last: dict[str, Any] = {}
+        self._step = 0
         self._waiting: list[tuple[int, float, dict[str, torch.Tensor], Any]] = []
 
     def progress(self, trainer: Trainer) -> None:
@@ -36,7 +37,9 @@ class Told:
 
     def step(self, trainer: Trainer) -> None:
         """A batch is over: now and then its metrics are taken, and those of before told."""
-        if trainer.global_step % self._every_steps == 0:
+        step = trainer.global_step
+        if step != self._step and step % self._every_steps == 0:
+            self._step = step
             self.flush()
             self.metrics(trainer)
 

@@ -143,7 +143,10 @@ class ResumableBatches:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there with the next batch that is asked for."""
+        """Go on from there with the next batch that is asked for; not from another loader's."""
+        if "fingerprint" not in state:
+            log.warning("the place in the data was saved by another loader, and is not taken over")
+            return
         self._saved = dict(state)
         if state["seed"] != self._seed:
             self._seed = state["seed"]
