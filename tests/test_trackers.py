@@ -288,6 +288,11 @@ def test_event_files_of_a_chain_that_was_killed_hold_each_step_once_in_order(
     assert "tracker-" not in chain.run.train_log.read_text()
 
 
+def before(folder: Path) -> str:
+    """A search path that begins with a folder."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
 # ---- what goes wrong --------------------------------------------------------------------------
 
 
@@ -298,8 +303,7 @@ def test_a_tracker_that_fails_is_one_line_of_the_log_and_the_run_is_complete(
     packages = tmp_path / "packages"
     packages.mkdir()
     (packages / "trackio.py").write_text("def init(**_):\n    raise OSError('no\\nnetwork')\n")
-    path = f"{packages}:{ENVIRON['PYTHONPATH']}"
-    done = hpcresume("submit", "--cluster", "debug", cwd=tmp_path, PYTHONPATH=path)
+    done = hpcresume("submit", "--cluster", "debug", cwd=tmp_path, PYTHONPATH=before(packages))
     assert done.returncode == 0, done.stdout + done.stderr
     run = RunDir(tmp_path / "runs" / "run")
     assert json.loads(run.trainer_state.read_text())["completed"]
@@ -313,7 +317,8 @@ def test_a_package_of_any_behaviour_holds_nobody_up(
 ) -> None:
     what = {"hangs": "time.sleep(600)", "leaves": "os._exit(3)", "raises": "raise KeyError('x')"}
     (tmp_path / "trackio.py").write_text(f"import os, time\n{what[says]}\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
+    monkeypatch.setenv("PYTHONPATH", before(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     caplog.set_level(logging.INFO)
     run = make_run(tmp_path / "runs")
     link = add_link(run)
@@ -342,6 +347,21 @@ def test_a_package_that_is_missing_is_said_at_submit(tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "run").exists()
     with pytest.raises(ConfigError, match="not installed here"):
         check_installed(missing)
+
+
+def test_a_package_that_is_missing_in_a_link_is_one_line_and_no_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    missing = [name for name in NAMES if importlib.util.find_spec(NAMES[name]) is None]
+    if not missing:
+        pytest.skip("all packages are installed")
+    caplog.set_level(logging.INFO)
+    run = make_run(tmp_path)
+    link = add_link(run)
+    Beside(run, link, missing[:1]).end(60.0)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{missing[0]} is off for this link: ") and "pip install" in said
+    assert not link.tracker_log(missing[0]).exists()
 
 
 def test_what_is_no_training_tells_no_tracker(tmp_path: Path) -> None:

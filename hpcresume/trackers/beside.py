@@ -10,8 +10,10 @@ import time
 from collections.abc import Iterable
 from typing import Protocol
 
+from hpcresume.errors import ConfigError
 from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.scheduler import process
+from hpcresume.trackers.choice import check_installed
 
 #: In the name of what is spoken of.
 log = logging.getLogger("hpcresume.tracker")
@@ -43,9 +45,10 @@ class Beside:
             argv = [sys.executable, "-m", "hpcresume", "tracker", str(run.path)]
             argv += ["--link", str(link.number), "--name", name]
             try:
+                check_installed([name])
                 with link.tracker_log(name).open("ab") as output:
                     self._running[name] = process.spawn(argv, environ=os.environ, output=output)
-            except OSError as error:
+            except (ConfigError, OSError) as error:
                 log.warning("%s is off for this link: %s", name, error)
 
     def end(self, patience_s: float) -> None:
