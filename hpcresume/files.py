@@ -98,8 +98,8 @@ def write_json(path: Path, value: Any, *, sync: bool = True, indent: int | None 
     write_durably(path, to_json(value, indent=indent), sync=sync)
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """A file's content, at most so many bytes of it.
+def read_bytes(path: Path, most: int = 1 << 30, begin: int = 0) -> bytes:
+    """A file's content from a position on, at most so many bytes of it.
 
     Raises OSError, also where something else than a file is in its place (and never waits for a
     pipe).
@@ -109,11 +109,12 @@ def read_bytes(path: Path, most: int) -> bytes:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "Not a regular file", str(path))
-        most = min(most, status.st_size)
-        data = os.read(fd, most)
-        while len(data) < most and (more := os.read(fd, most - len(data))):
-            data += more
-        return data
+        end = min(begin + most, status.st_size)
+        parts = []
+        while begin < end and (part := os.pread(fd, end - begin, begin)):
+            parts.append(part)
+            begin += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
     finally:
         os.close(fd)
 

@@ -295,10 +295,8 @@ def last_lines(path: Path, count: int) -> list[str]:
     and empty lines are not.
     """
     try:
-        with path.open("rb") as file:
-            begin = max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES)
-            file.seek(begin)
-            data = file.read(_TAIL_BYTES)
+        begin = max(0, os.stat(path).st_size - _TAIL_BYTES)
+        data = files.read_bytes(path, _TAIL_BYTES, begin)
     except OSError:
         return []
     if begin and b"\n" in data[:-1]:

@@ -28,6 +28,11 @@ VERSION = 1
 _LARGEST = 1e18
 #: What readers take for numbers.
 _NUMBERS = ("t", "step", "after_link", "of", "seconds", "step_s", "save_s")
+#: What they take for texts, and the records that say nothing without a step.
+_TEXTS = ("cause", "decision", "digest", "reason", "rule")
+_WITH_STEP = frozenset({"fell_back", "restored", "save_failed", "saved"})
+#: A million lines; what is larger is damaged, and memory is finite.
+_LARGEST_JOURNAL = 256 << 20
 Record = dict[str, Any]
 
 
@@ -93,7 +98,8 @@ class LinkRecords:
 
 def read_submissions(run: RunDir) -> list[Record]:
     """What `submit`, `resume` and `cancel` recorded."""
-    return [r for r in files.read_lines(run.submissions) if is_record(r)]
+    lines = files.read_lines(run.submissions, _LARGEST_JOURNAL)
+    return [record for record in lines if is_record(record)]
 
 
 def read_link(run: RunDir, number: int) -> LinkRecords:
@@ -121,7 +127,7 @@ def _read(
     chosen: Callable[[files.Lines], files.Lines] | None = None,
 ) -> LinkRecords:
     writers = (
-        filter(is_record, files.read_lines(path, adopted_bytes(successor, path), chosen))
+        filter(is_record, files.read_lines(path, _most_bytes(successor, path), chosen))
         for path in (link.journal, link.training)
     )
     return LinkRecords(link.number, claim, in_order(writers))
@@ -197,6 +203,11 @@ def adopted_bytes(successor: Mapping[str, Any], path: Path) -> int | None:
     return limit if isinstance(limit, int) and limit >= 0 else None
 
 
+def _most_bytes(successor: Mapping[str, Any], path: Path) -> int:
+    limit = adopted_bytes(successor, path)
+    return _LARGEST_JOURNAL if limit is None else min(limit, _LARGEST_JOURNAL)
+
+
 def is_record(value: Any) -> bool:
     """Whether a line is a record of ours; what disk or hand made of it otherwise is passed over."""
     if type(value) is not dict or type(value.get("kind")) is not str or "t" not in value:
@@ -206,6 +217,11 @@ def is_record(value: Any) -> bool:
             number = value[name]
             if type(number) not in (int, float) or not abs(number) < _LARGEST:
                 return False
+    if value["kind"] in _WITH_STEP and "step" not in value:
+        return False
+    for name in _TEXTS:
+        if not isinstance(value.get(name, ""), (str, type(None))):
+            return False
     segments = value.get("segments", [])
     return isinstance(segments, list) and all(map(_is_segment, segments))
 

@@ -231,7 +231,7 @@ def _unsaved(story: Story) -> str:
     saved = newest.last("saved") if newest is not None else None
     if story.completed or failed is None or (saved is not None and saved["t"] > failed["t"]):
         return ""
-    return f"step {failed['step']} could not be saved: {failed['reason']}"
+    return f"step {failed['step']} could not be saved: {failed.get('reason')}"
 
 
 def _save_of_command(story: Story) -> Record | None:

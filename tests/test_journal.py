@@ -480,9 +480,9 @@ def test_order_of_a_writer_survives_a_clock_that_jumps_back(run: RunDir) -> None
     files.LineWriter(link.journal).append({"t": 50, "kind": "claimed"})
     writer = files.LineWriter(link.training)
     writer.append(
-        *({"t": t, "kind": k} for t, k in ((90, "restored"), (10, "saved"), (11, "ended")))
+        *({"t": t, "kind": k} for t, k in ((90, "started"), (10, "stepped"), (11, "ended")))
     )
-    assert [k for k in kinds(run, 1) if k != "claimed"] == ["restored", "saved", "ended"]
+    assert [k for k in kinds(run, 1) if k != "claimed"] == ["started", "stepped", "ended"]
 
 
 @pytest.mark.parametrize(

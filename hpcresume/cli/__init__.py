@@ -102,12 +102,12 @@ def main(argv: list[str] | None = None) -> NoReturn:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = 130
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         words = sys.argv[1:] if argv is None else argv
         if words and words[0] in _HIDDEN:
             # Nobody watches these; the log of the job is to tell the whole.
             raise
-        told = unavailable(error)
+        told = unavailable(error if isinstance(error, OSError) else OSError("No memory is left"))
         print(f"hpcresume: {told}", file=sys.stderr)
         code = told.exit_code
     sys.exit(code if isinstance(code, int) else 0)

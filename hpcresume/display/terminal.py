@@ -67,9 +67,27 @@ def forgive() -> None:
     codecs.register_error("hpcresume.likeness", _likeness)
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    codecs.register(_plain_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="hpcresume.likeness")
+            if codecs.lookup(stream.encoding).name == "ascii":
+                # By its own name, click takes it for a mistake and writes UTF-8.
+                stream.reconfigure(encoding=_ASCII, errors="hpcresume.likeness")
+
+
+_ASCII = "hpcresume_ascii"
+
+
+def _plain_ascii(name: str) -> codecs.CodecInfo | None:
+    if name != _ASCII:
+        return None
+    known = codecs.lookup("ascii")
+    return codecs.CodecInfo(
+        *(known.encode, known.decode, known.streamreader, known.streamwriter),
+        *(known.incrementalencoder, known.incrementaldecoder),
+        name=_ASCII,
+    )
 
 
 def let_go_of_stdout() -> None:

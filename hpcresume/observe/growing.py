@@ -7,6 +7,9 @@ from typing import Any
 
 from hpcresume import files
 
+#: So much is read at once.
+_MOST = 1 << 30
+
 
 class GrowingLines:
     """Reads each line once, when it is whole."""
@@ -26,11 +29,10 @@ class GrowingLines:
             end = size if limit_bytes is None else min(size, limit_bytes)
             if end <= self.position:
                 return []
-            with self._path.open("rb") as file:
-                file.seek(self.position)
-                data = file.read(end - self.position)
+            data = files.read_bytes(self._path, min(end - self.position, _MOST), self.position)
         except FileNotFoundError:
             return []
-        whole = data[: data.rfind(b"\n") + 1]
+        # What has no end in so many bytes is no line.
+        whole = data if len(data) == _MOST else data[: data.rfind(b"\n") + 1]
         self.position += len(whole)
         return list(files.values_of_lines(whole))

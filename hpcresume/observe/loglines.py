@@ -80,9 +80,7 @@ class LogTail:
                 begin = 0 if self._most_bytes is None else max(0, size - self._most_bytes)
             if size <= begin:
                 return ""
-            with path.open("rb") as file:
-                file.seek(begin)
-                data = file.read()
+            data = files.read_bytes(path, begin=begin)
         except FileNotFoundError:
             return ""
         self._positions[path] = begin + len(data)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hpcresume import files
 from hpcresume.journal import Lineage, lineage, read_metrics
 from hpcresume.run_dir import RunDir
 
@@ -45,9 +46,7 @@ class MetricTail:
     def _grown(self, path: Path, position: int) -> list[Any]:
         """The values of the whole lines behind a position."""
         try:
-            with path.open("rb") as file:
-                file.seek(position)
-                data = file.read()
+            data = files.read_bytes(path, begin=position)
         except FileNotFoundError:
             return []
         whole = data[: data.rfind(b"\n") + 1]
