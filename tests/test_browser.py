@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import re
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +18,10 @@ from oracle import Chain
 from page_server import Served, free_port, served
 
 from hpcresume.cli import main
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from cli_runs import Folder
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = Path("/usr/bin/chromium")
@@ -250,6 +256,36 @@ def test_a_report_opens_from_a_file_and_asks_for_nothing(
     assert desktop.hosts() == {""}
     assert len([url for url in desktop.asked if not url.startswith("data:")]) == 1
     assert desktop.complaints == []
+
+
+def test_the_page_says_when_a_run_will_be_complete_and_why_its_job_waits(
+    desktop: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(tmp_path)
+    run = folder.add("one", "waiting", links=3, saves=3)
+    monkeypatch.setenv("PATH", folder.environ["PATH"])
+    page, bar = desktop.page, desktop.page.get_by_role("progressbar")
+    page.goto(report_of(run.path, tmp_path / "one.html"))
+    assert bar.get_attribute("aria-valuenow") is not None
+    facts = page.locator("dl", has_text="Complete").first.inner_text()
+    assert re.search(r"Complete\s+about .*\d", facts, re.I) and "2 more links" in facts
+    assert "because other jobs are before it (Priority)" in page.locator("main").inner_text()
+    # Without a known end there is no share, and no end to reckon with.
+    run.trainer_state.write_text('{"global_step": 6000000}')
+    page.goto(report_of(run.path, tmp_path / "open.html"))
+    assert bar.get_attribute("aria-valuenow") is None
+    assert "no end set" in str(bar.get_attribute("aria-label"))
+    widths = bar.locator("i").evaluate_all("parts => parts.map(p => parseFloat(p.style.width))")
+    assert 0 < sum(widths) < 90
+    assert page.locator("dl", has_text="Complete").count() == 0
+    assert desktop.complaints == []
+
+
+def report_of(run: Path, target: Path) -> str:
+    with pytest.raises(SystemExit) as left:
+        main(["report", str(run), "--html", str(target)])
+    assert left.value.code == 0
+    return target.as_uri()
 
 
 # ---- a reverse proxy -----------------------------------------------------------------------

@@ -29,7 +29,7 @@ from hpcresume.story import Story
 SCHEMA_VERSION = 1
 _ENTRIES = 200
 #: What a status tells relative to the moment of the look; a picture has the moments themselves.
-_AGES = ("time_left_s", "checkpoint_age_s")
+_AGES = ("time_left_s", "checkpoint_age_s", "worked_s", "train_left_s")
 
 
 @dataclass(frozen=True, kw_only=True)

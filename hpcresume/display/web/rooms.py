@@ -58,6 +58,7 @@ class Rooms:
         for key, status in overview.runs.items():
             shown = status.to_json()
             age, left = shown.pop("checkpoint_age_s"), shown.pop("time_left_s")
+            del shown["worked_s"], shown["train_left_s"]
             # Moments instead of ages: a page that nothing happens to is sent nothing.
             shown["checkpoint_created"] = None if age is None else _moment(-age)
             shown["job_ends"] = None if left is None else _moment(left)

@@ -8,7 +8,9 @@ const at = (part) => `${(100 * part).toFixed(3)}%`;
 // Steps from left to right: what each link trained, a tick for each checkpoint, what is left.
 export function showProgress(node, data) {
   const { step, total_steps: total } = data.status;
-  const end = Math.max(total ?? 0, step, data.bands.at(-1)?.[2] ?? 0);
+  const known = Math.max(total ?? 0, step, data.bands.at(-1)?.[2] ?? 0);
+  // Where no end is known the bar fades out behind what is done, and tells no share.
+  const end = total ? known : known * 1.25;
   if (!end) return fill(node);
   const parts = data.bands.map(([link, from, upto]) =>
     h("i", { class: `part ${link % 2 ? "odd" : "even"}`, style: { left: at(from / end), width: at((upto - from) / end) }, title: `link ${link}: steps ${whole(from + 1)} to ${whole(upto)}` }),
@@ -18,7 +20,7 @@ export function showProgress(node, data) {
   const label = total ? `${whole(step)} of ${whole(total)} steps` : `${whole(step)} steps, no end set`;
   fill(
     node,
-    h("div", { class: "bar", role: "progressbar", "aria-label": label, "aria-valuemin": 0, "aria-valuemax": end, "aria-valuenow": step }, parts),
+    h("div", { class: total ? "bar" : "bar open", role: "progressbar", "aria-label": label, ...(total ? { "aria-valuemin": 0, "aria-valuemax": end, "aria-valuenow": step } : {}) }, parts),
     h("div", { class: "ticks", "aria-hidden": "true" }, ticks),
     h("div", { class: "ends" }, h("span", {}, h("b", {}, whole(step)), total ? ` of ${whole(total)} steps` : " steps"), h("span", {}, percent)),
   );

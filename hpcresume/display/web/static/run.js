@@ -12,6 +12,21 @@ export function statePill(state) {
   return h("span", { class: `pill ${known.tone}` }, shape(known.shape), state);
 }
 
+// A moment to come as people say it: the hour today, the weekday within a week.
+function soon(text) {
+  const date = new Date(text);
+  const time = date.toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" });
+  const days = (date - new Date().setHours(0, 0, 0, 0)) / 86400000;
+  if (days < 1) return time;
+  return days < 7 ? `${date.toLocaleDateString("en-GB", { weekday: "short" })} ${time}` : date.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
+}
+
+function calendarWords({ calendar, state }) {
+  const further = calendar.links_left - (state === "running" ? 1 : 0);
+  const links = further ? `${further} more link${further === 1 ? "" : "s"}` : "in this link";
+  return calendar.best === calendar.expected ? links : `${links}; at best ${soon(calendar.best)}`;
+}
+
 // [term, value, aside]; what is not known is left out.
 function factsOf(data, now) {
   const { status, pace, machine } = data;
@@ -26,6 +41,7 @@ function factsOf(data, now) {
     ["A step takes", step === null ? null : secondsWords(step), step ? `${num(1 / step)} a second` : ""],
     ["This job has left", live && data.job_ends ? clock(data.job_ends - now) : null],
     ["Training left", left !== null && status.state !== "complete" ? clock(left) : null, "without the queue"],
+    ["Complete", status.calendar ? `about ${soon(status.calendar.expected)}` : null, status.calendar ? calendarWords(status) : ""],
     ["Last checkpoint", last ? `step ${whole(last.step)}` : null, last ? `${ago(now - last.created)} ago${last.verified ? ", verified" : ""}` : ""],
     [live ? "Queued behind it" : "Queued", status.queued.length ? `${status.queued.length} job${status.queued.length > 1 ? "s" : ""}` : null, status.queued.slice(0, 3).join(", ")],
   ].filter(([, value]) => value !== null);

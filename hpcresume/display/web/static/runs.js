@@ -26,7 +26,7 @@ function row(key, run, now) {
       { class: "run", href: `?run=${encodeURIComponent(key)}` },
       h("span", { class: "run-name" }, run.name),
       statePill(run.state),
-      h("span", { class: "run-bar" }, h("span", { class: "bar thin" }, h("i", { class: `part ${run.state === "complete" ? "whole" : "odd"}`, style: { left: "0", width: `${100 * part}%` } })), h("span", { class: "run-steps" }, total ? `${whole(run.step)} of ${whole(total)}` : whole(run.step), percent ? h("b", {}, percent) : "")),
+      h("span", { class: "run-bar" }, total ? h("span", { class: "bar thin" }, h("i", { class: `part ${run.state === "complete" ? "whole" : "odd"}`, style: { left: "0", width: `${100 * part}%` } })) : "", h("span", { class: "run-steps" }, total ? `${whole(run.step)} of ${whole(total)}` : whole(run.step), percent ? h("b", {}, percent) : "")),
       h("span", { class: "run-facts" }, facts.map(([term, value]) => h("span", {}, h("span", { class: "dim" }, `${term} `), value))),
       run.why ? h("span", { class: "run-why" }, run.why) : "",
     ),
