@@ -19,9 +19,10 @@ import pytest
 import torch
 from made_run import make_run
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 
 from hpcresume.adapters.folders import superseded
+from hpcresume.adapters.keyed import Place, make_keyed
 from hpcresume.adapters.notes import Notes
 from hpcresume.adapters.sight import Sight
 from hpcresume.adapters.vouched import NAME, numbered, vouch, why_not
@@ -33,6 +34,7 @@ transformers = pytest.importorskip("transformers")
 if not transformers.utils.is_accelerate_available():
     pytest.skip("Trainer needs accelerate", allow_module_level=True)
 
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler  # noqa: E402
 from transformers import (  # noqa: E402
     EarlyStoppingCallback,
     Trainer,
@@ -145,7 +147,7 @@ class Training:
             args=args,
             train_dataset=self.dataset,
             eval_dataset=Noisy(6),
-            callbacks=[*callbacks, *self.callbacks()],
+            callbacks=[*self.callbacks(), *callbacks],
             **more,
         )
         return trainer
@@ -256,6 +258,34 @@ def test_without_its_keys_the_same_cut_is_seen(
     monkeypatch.setattr(huggingface, "make_keyed", lambda *_, **__: None)
     with pytest.raises(AssertionError, match="weights"):
         assert_exact(tmp_path, monkeypatch, (8, 14))
+
+
+def with_own_generator() -> Any:
+    return BatchSampler(RandomSampler(Noisy(), generator=torch.Generator()), 4, drop_last=False)
+
+
+def of_two_processes() -> Any:
+    """As accelerate shares batches out: its wrapper passes no epoch on to the sampler in it."""
+    sampler = SeedableRandomSampler(Noisy(), data_seed=5)
+    return BatchSamplerShard(BatchSampler(sampler, 4, drop_last=False), 2, 0)
+
+
+@pytest.mark.parametrize("sampler", [with_own_generator, of_two_processes])
+def test_the_batches_of_an_epoch_are_the_same_whether_or_not_those_before_were_read(
+    sampler: Callable[[], Any],
+) -> None:
+    def read(*epochs: int) -> list[Any]:
+        place = Place()
+        loader = DataLoader(Noisy(), batch_sampler=sampler())
+        assert make_keyed(loader, 3, place) is None
+        seen = []
+        for place.epoch in epochs:
+            seen.append([batch["input_ids"].tolist() for batch in loader])
+        return seen
+
+    assert read(0, 1, 2)[2] == read(2)[0]
+    first, second = read(0, 1)
+    assert first != second
 
 
 def test_the_metrics_of_all_links_are_those_of_the_uncut_training(

@@ -52,7 +52,7 @@ class _Waiting:
 
         try:
             import_module(self._ours).inject()
-        except ImportError as error:
+        except Exception as error:
             # The user's training is worth more than our part in it.
             print(f"hpcresume: no callback in {self._awaited}: {error}", file=sys.stderr)
 
