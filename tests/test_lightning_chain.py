@@ -107,3 +107,19 @@ def test_the_example_is_killed_and_stopped_and_ends_with_the_bits_of_the_uncut_r
     begun = [record["step"] for record in chain.records("restored") if record.get("guest")]
     assert begun[0] == 0 < begun[1] < begun[2], chain.story()
     same_files(chain.folder, tmp_path / "uncut")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(find_spec("pytorch_lightning") is None, reason="needs pytorch_lightning")
+def test_lightning_under_its_older_name_is_chained_as_well(chain: Chain, tmp_path: Path) -> None:
+    text = without_the_line()
+    older = text.replace("\nimport lightning\n", "\nimport pytorch_lightning as lightning\n")
+    assert older != text
+    (chain.folder / "main.py").write_text(older)
+    uncut = uncut_example(tmp_path / "uncut")
+    chain.submit("--lightning", "--", sys.executable, "main.py", "--pause=0.04", detach=True)
+    chain.cut(1, signal.SIGTERM, after="epoch 1 ")
+    chain.completed()
+    assert uncut.wait() == 0
+    assert chain.ends() == ["deadline", "completed"], chain.story()
+    same_files(chain.folder, tmp_path / "uncut")

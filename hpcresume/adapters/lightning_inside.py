@@ -1,6 +1,6 @@
 """Where the callback reaches into Lightning's Trainer, because no hook of it leads there.
 
-Tried with Lightning 2.5 and 2.6; another one that lacks these places is refused by name.
+Tried with Lightning 2.6; another one that lacks these places is refused by name.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Inside:
         except AttributeError as error:
             version = sys.modules[type(trainer).__module__.partition(".")[0]].__version__
             raise ConfigError(
-                f"HpcResumeCallback does not know Lightning {version}: {error}. Install one from "
-                f"2.5 to 2.6, or a newer hpcresume."
+                f"HpcResumeCallback does not know Lightning {version}: {error}. Install 2.6, "
+                f"or a newer hpcresume."
             ) from None
 
     @staticmethod
