@@ -10,10 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 import sys
 import time
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
-from hpcresume.adapters.guest import Guest, Left, nothing_left
+from hpcresume.adapters.guest import Guest, Left
+from hpcresume.adapters.lightning_files import is_local, look, number_of, saved_in
 from hpcresume.adapters.lightning_inside import Inside, is_fitting
 from hpcresume.adapters.lightning_log import Told
 from hpcresume.adapters.lightning_state import Restoring, capture
 from hpcresume.adapters.resumable import ResumableBatches, Turn
-from hpcresume.adapters.vouched import Newest, newest, read_voucher, voucher_path
+from hpcresume.adapters.vouched import Newest
 from hpcresume.errors import CheckpointError
 from hpcresume.scheduler.environment import RankPlace
 from hpcresume.training import buckets
@@ -47,7 +46,6 @@ log = logging.getLogger("hpcresume.lightning")
 fits: list[Path] = []
 
 _KEY = "hpcresume"
-_STEP = re.compile(r"step[=-](\d+)")
 #: Of the callback's own files so many of the newest are kept.
 _KEEP = 2
 #: At the beginning of an epoch it saves when this part of `every_min` has passed.
@@ -132,7 +130,7 @@ class HpcResumeCallback(Callback):
         told: dict[str, Any] = {}
         if self._ranks.rank == 0:
             try:
-                self._found, self._words = self._look(trainer, given)
+                self._found, self._words = look(self._guest, trainer, self._folder, given)
             except CheckpointError as error:
                 told = {"error": str(error)}
             else:
@@ -142,7 +140,7 @@ class HpcResumeCallback(Callback):
             if self._ranks.rank == 0:
                 log.error("%s", told["error"])
             raise SystemExit(CheckpointError.exit_code)
-        return told["path"] or (given if given and not _local(given) else None)
+        return told["path"] or (given if given and not is_local(given) else None)
 
     def _tell_beginning(self, step: int) -> None:
         """All is loaded; once."""
@@ -150,49 +148,6 @@ class HpcResumeCallback(Callback):
         if self._found is not None:
             self._guest.began(step, self._found, looked_in=self._folder, words=self._words)
         self._found = None
-
-    def _look(self, trainer: Trainer, given: Any) -> tuple[Newest, str]:
-        """The newest, and why there is none."""
-        guest = self._guest
-        assert guest is not None
-        found = newest(self._candidates(trainer))
-        if found.path is not None:
-            return found, ""
-        known = guest.known_step(self._folder)
-        if known and guest.run is not None:
-            raise nothing_left(guest.run, known, self._folder)
-        if given and not _local(given):
-            return found, f"Lightning loads {given}"
-        if given:
-            older = newest([Path(given), *_plain(Path(given).parent, but=Path(given))])
-            passed_over = [*found.passed_over, *older.passed_over]
-            found = Newest(path=older.path, voucher=older.voucher, passed_over=passed_over)
-            if found.path is None:
-                # Lightning says better what is wrong with what the script names.
-                found = Newest(path=Path(given), passed_over=found.passed_over)
-            return found, ""
-        left = [path for folder in _folders(trainer) for path in _plain(folder)]
-        words = f"no checkpoint of this run in {self._folder}"
-        if left:
-            words += (
-                f"; {left[0]} is another training's: give trainer.fit(ckpt_path=...) to go on "
-                f"from it"
-            )
-        return found, words
-
-    def _candidates(self, trainer: Trainer) -> list[Path]:
-        """This run's files: those that continue exactly before all others, the newest first."""
-        assert self._guest is not None
-        found = [(True, _number(path), path) for path in _saved_in(self._folder)]
-        for folder in _folders(trainer):
-            for path in _saved_in(folder):
-                try:
-                    voucher = read_voucher(path)
-                except ValueError:
-                    continue
-                if voucher is not None and self._guest.owns(voucher):
-                    found.append((bool(voucher.about.get("exact")), voucher.step, path))
-        return [path for _, _, path in sorted(found, reverse=True)]
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -354,7 +309,7 @@ class HpcResumeCallback(Callback):
         self._wish = False
         if self._ranks.rank == 0:
             # What lies beyond was passed over when this training began: it counts as none.
-            saved = [p for p in _saved_in(self._folder) if _number(p) <= trainer.global_step]
+            saved = [p for p in saved_in(self._folder) if number_of(p) <= trainer.global_step]
             for old in saved[_KEEP:]:
                 trainer.strategy.remove_checkpoint(old)
 
@@ -458,47 +413,3 @@ def _ranks(trainer: Trainer) -> Ranks:
 
 def _turn(trainer: Trainer) -> Turn:
     return Turn(epoch=trainer.current_epoch, consumed=trainer.fit_loop.batch_idx + 1)
-
-
-def _local(path: Any) -> bool:
-    return "://" not in str(path)
-
-
-def _folders(trainer: Trainer) -> list[Path]:
-    """Where the Trainer's own callbacks save, and where they did in links before.
-
-    A logger numbers its folders anew in each process: lightning_logs/version_3/checkpoints.
-    """
-    found: dict[Path, None] = {}
-    for callback in trainer.checkpoint_callbacks:
-        dirpath = getattr(callback, "dirpath", None)
-        if not dirpath or not _local(dirpath):
-            continue
-        folder = Path(dirpath)
-        found[folder] = None
-        if folder.parent.name.startswith("version_"):
-            siblings = folder.parent.parent.glob(f"version_*/{folder.name}")
-            found |= dict.fromkeys(sorted(siblings))
-    return list(found)
-
-
-def _saved_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the highest step first."""
-    try:
-        names = [name for name in os.listdir(folder) if name.endswith(".ckpt")]
-    except OSError:
-        return []
-    return sorted((folder / n for n in names), key=lambda path: (_number(path), path), reverse=True)
-
-
-def _plain(folder: Path, but: Path | None = None) -> Iterator[Path]:
-    """Files without a voucher, the newest first."""
-    for path in _saved_in(folder):
-        if path != but and not voucher_path(path).exists():
-            yield path
-
-
-def _number(path: Path) -> int:
-    """The step in a file's name; 0 where there is none."""
-    found = _STEP.findall(path.name)
-    return int(found[-1]) if found else 0
