@@ -335,6 +335,20 @@ def test_a_report_is_one_file_that_names_no_other(tmp_path: Path) -> None:
     assert r"\<script\>alert(1)" in told
 
 
+def test_a_report_is_printed_where_a_dash_is_asked_for(tmp_path: Path) -> None:
+    MadeChain(tmp_path / "runs", "toy", total=400).link(100)
+    done = subprocess.run(
+        [sys.executable, "-m", "hpcresume", "report", "toy", "--md", "-"],
+        env=ENVIRON,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("# toy\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
 def test_a_report_is_asked_where_to() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "hpcresume", "report", "toy"],

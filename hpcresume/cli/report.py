@@ -16,8 +16,10 @@ from hpcresume.observe.jobs import LivingJobs
 
 @click.command()
 @run_argument
-@click.option("--html", type=click.Path(path_type=Path), help="The page, as one file.")
-@click.option("--md", type=click.Path(path_type=Path), help="Markdown, for a lab notebook.")
+@click.option("--html", type=click.Path(path_type=Path), help="The page, as one file; - prints it.")
+@click.option(
+    "--md", type=click.Path(path_type=Path), help="Markdown, for a lab notebook; - prints it."
+)
 @runs_option
 def report(run: str | None, html: Path | None, md: Path | None, runs: str | None) -> int:
     """Write how RUN stands into a file: curves, links, checkpoints, journal, the log's end.
@@ -39,7 +41,12 @@ def report(run: str | None, html: Path | None, md: Path | None, runs: str | None
     shown = ExplainedView(chosen).look(*LivingJobs(os.environ).of(chosen))
     shown["made"] = round(time.time())
     for path, write in ((html, html_report), (md, markdown_report)):
-        if path is not None:
-            files.write_durably(path.absolute(), write(shown).encode(errors="replace"), 0o644)
-            click.echo(path)
+        if path is None:
+            continue
+        text = write(shown)
+        if str(path) == "-":
+            click.echo(text.encode(errors="replace"), nl=False)
+            continue
+        files.write_durably(path.absolute(), text.encode(errors="replace"), 0o644)
+        click.echo(path)
     return 0
