@@ -71,7 +71,6 @@ def rows(path: Path) -> Iterator[Row]:
     yield Row(name="status RUN", argv=["status", "run-00"], folder=usual, most_s=0.1)
     yield Row(name="why RUN", argv=["why", "run-01"], folder=usual)
     yield Row(name="logs RUN", argv=["logs", "run-00"], folder=usual)
-    yield Row(name="cancel RUN", argv=["cancel", "--yes", "run-00"], folder=usual)
     yield Row(name="status, 1,000 runs", argv=["status"], folder=crowd, most_s=0.5)
     yield Row(name="status, 1,000 unfinished", argv=["status"], folder=open_ones)
     yield Row(name="status, 100,000 lines, 4 links", argv=["status"], folder=long, most_s=0.5)

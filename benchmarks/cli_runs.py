@@ -37,8 +37,6 @@ class Folder:
             f"#!/bin/sh\nwhile read -r line; do echo \"$line\"; done < '{self._queue}'\n"
         )
         squeue.chmod(0o755)
-        (squeue.parent / "scancel").write_text("#!/bin/sh\n")
-        (squeue.parent / "scancel").chmod(0o755)
         self.environ = {**os.environ, "HPCRESUME_RUNS": str(self.runs), "PATH": str(squeue.parent)}
         self.environ["HPCRESUME_SITE"] = os.devnull
         # Otherwise what is measured is how long Python takes to compile us.
