@@ -52,6 +52,12 @@ def test_the_page_has_a_section_for_every_command_and_for_nothing_else() -> None
     assert list(sections()) == [*(f"hpcresume {name}" for name in NAMES), "Exit codes"]
 
 
+def test_the_help_shows_every_command_on_a_line_of_its_own() -> None:
+    shown = cli.get_help(click.Context(cli, terminal_width=80))
+    _, _, below = shown.partition("Commands:\n")
+    assert [line.split()[0] for line in below.splitlines()] == NAMES
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_names_every_flag_of_a_command_and_no_other(name: str) -> None:
     rows = [line for line in section(name).splitlines() if line.startswith("| `")]

@@ -42,12 +42,35 @@ _COMMANDS = {
     "origin": "hidden",
     "verify-link": "verify",
 }
-_HIDDEN = frozenset({"link", "origin", "rank", "local-driver", "tracker", "verify-link"})
+#: What they do, in the order in which they are shown; the others are no user's.
+_SHOWN = {
+    "submit": "Begin a run: its first job, and all that follow.",
+    "status": "How runs stand, when they will be complete, why they wait.",
+    "watch": "One run on the whole terminal, through all its jobs.",
+    "logs": "What a run prints, over all its jobs.",
+    "cancel": "End a run's chain; what is saved stays.",
+    "resume": "Go on with a run that rests, with other values if wished.",
+    "drive": "Submit a run's next jobs from here, where jobs may not.",
+    "why": "Why a run stands as it does, and what to do next.",
+    "verify": "Check that cutting a training changes no bit of it.",
+    "rehearse": "Try here whether a training survives a chain of jobs.",
+    "checkpoints": "What a run has saved; verify, prune and pin it.",
+    "web": "All runs in the browser, live.",
+    "report": "One run as a file, for a browser or a lab notebook.",
+    "doctor": "Check what a chain needs here, with a remedy for each fault.",
+    "init": "Write hpcresume.yaml and a batch script from a few questions.",
+    "completion": "Let the shell complete commands, options and runs.",
+}
 
 
 class _Lazy(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for name in _COMMANDS if name not in _HIDDEN]
+        return list(_SHOWN)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """What the commands do, without importing one of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_SHOWN.items()))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
@@ -104,7 +127,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         code = 130
     except (OSError, MemoryError) as error:
         words = sys.argv[1:] if argv is None else argv
-        if words and words[0] in _HIDDEN:
+        if words and words[0] in _COMMANDS.keys() - _SHOWN.keys():
             # Nobody watches these; the log of the job is to tell the whole.
             raise
         told = unavailable(error if isinstance(error, OSError) else OSError("No memory is left"))
