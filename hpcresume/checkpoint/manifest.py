@@ -157,6 +157,8 @@ def read_committed(path: Path, lineage: Lineage) -> Committed:
     that is not on the run's lineage. Digests of the files are `images.verify`'s matter. Raises
     OSError where the file system cannot tell at present.
     """
+    if path.is_symlink():
+        raise CheckpointError("it is not a directory of its own")
     manifest = parse(_read_manifest(path / NAME))
     if path.name != f"checkpoint-{manifest.step}":
         raise CheckpointError(f"its manifest belongs to step {manifest.step}")
@@ -165,8 +167,8 @@ def read_committed(path: Path, lineage: Lineage) -> Committed:
             status = os.stat(path / entry.name, follow_symlinks=False)
         except OSError as error:
             raise damage_of(error, entry.name) from None
-        within = "/" in entry.name and (path / entry.name).parent.is_symlink()
-        if not stat.S_ISREG(status.st_mode) or within:
+        elsewhere = "/" in entry.name and (path / entry.name).parent.is_symlink()
+        if not stat.S_ISREG(status.st_mode) or elsewhere:
             raise CheckpointError(f"{entry.name} is not a file of its own")
         if status.st_size != entry.bytes:
             raise CheckpointError(f"{entry.name} has {status.st_size} bytes, not {entry.bytes}")
