@@ -205,15 +205,6 @@ def num_tasks(link: LinkRecords) -> int:
     return _number(link.claim.get("num_tasks"))
 
 
-def resized(links: Sequence[LinkRecords]) -> str:
-    """That the newest link has another number of ranks than the one before; empty where not."""
-    sizes = [(link.number, size) for link in links if (size := link.claim.get("num_tasks"))]
-    if len(sizes) < 2 or sizes[-1][1] == sizes[-2][1] or sizes[-1][0] != links[-1].number:
-        return ""
-    (number, before), (_, now) = sizes[-2:]
-    return f"{now} rank{'s' * (now != 1)}, after {before} in link {number}"
-
-
 def _number(value: Any) -> int:
     return value if isinstance(value, int) and 0 < value < _MOST_RANKS else 1
 

@@ -33,7 +33,6 @@ from hpcresume.history import (
     gather,
     past_link,
     past_links,
-    resized,
     verdict_of,
 )
 from hpcresume.journal import Journal, LinkRecords, asking_about, known_step
@@ -48,6 +47,7 @@ from hpcresume.story import (
     Story,
     alive_elsewhere,
     read_story,
+    resized,
     this_process,
 )
 from hpcresume.successors import Successors, lead_s, save_durations

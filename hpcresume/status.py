@@ -24,12 +24,11 @@ from hpcresume.chain.calendar import (
     ran_and_waited,
 )
 from hpcresume.checkpoint.manifest import Committed, newest_of_run
-from hpcresume.history import resized
 from hpcresume.journal import Record, known_step, lineage
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.job import JobInfo, JobState
 from hpcresume.scheduler.waiting import waiting_words
-from hpcresume.story import Story, alive_elsewhere, glance, has_no_driver, waits_in_vain
+from hpcresume.story import Story, alive_elsewhere, glance, has_no_driver, resized, waits_in_vain
 
 
 @dataclass(frozen=True, kw_only=True)

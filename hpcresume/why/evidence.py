@@ -9,8 +9,8 @@ from typing import Any
 
 from hpcresume.chain import PastLink
 from hpcresume.display.tables import ago, calendar_words, late_words
-from hpcresume.history import resized
 from hpcresume.status import fell_back
+from hpcresume.story import resized
 from hpcresume.training.progress import clock
 from hpcresume.why.view import View, node_of, told
 
