@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hpcresume import files
 from hpcresume.journal import Record, is_record
+from hpcresume.observe.growing import GrowingLines
 
 
 class Heard:
     """What the training framework in a command has told so far."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._position = 0
+        self._lines = GrowingLines(path)
         self.any = False
         """Whether there is a guest at all."""
         self.step: int | None = None
@@ -32,14 +31,7 @@ class Heard:
 
     def look(self) -> list[Record]:
         """What it has told since the last look."""
-        if files.size_or_zero(self._path) <= self._position:
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._position)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._position += len(whole)
-        records = [record for record in files.values_of_lines(whole) if is_record(record)]
+        records = [record for record in self._lines.look() if is_record(record)]
         for record in records:
             self._take(record)
         return records

@@ -49,9 +49,8 @@ def make_keyed(loader: Any, seed: int, place: Place, *, rank: int = 0) -> str | 
         return None
     if base.batch_sampler is None:
         return "it reads single samples (batch_size=None)"
-    else:
-        _replace(base, "batch_sampler", KeyedBatches(base.batch_sampler, seed, place))
-        _replace(base, "dataset", _Keyed(base.dataset, seed))
+    _replace(base, "batch_sampler", KeyedBatches(base.batch_sampler, seed, place))
+    _replace(base, "dataset", _Keyed(base.dataset, seed))
     base.collate_fn = KeyedCollate(base.collate_fn)
     return None
 
