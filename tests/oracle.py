@@ -28,7 +28,7 @@ ENVIRON = {
     **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
     "OMP_NUM_THREADS": "1",
     "HPCRESUME_SITE": os.devnull,
-    "XDG_CONFIG_HOME": "/nonexistent",
+    "XDG_CONFIG_HOME": os.devnull,
     "PYTHONWARNINGS": "",
 }
 BASE: dict[str, Any] = {

@@ -117,7 +117,7 @@ def here(chain: Chain, said: Said, monkeypatch: pytest.MonkeyPatch) -> Said:
     """A command line in this process, typed in the chain's folder."""
     monkeypatch.chdir(chain.folder)
     monkeypatch.setenv("HPCRESUME_SITE", os.devnull)
-    monkeypatch.setenv("XDG_CONFIG_HOME", "/nonexistent")
+    monkeypatch.setenv("XDG_CONFIG_HOME", os.devnull)
     return said
 
 

@@ -515,6 +515,11 @@ def test_user_file_with_comments_only_is_no_error(tmp_path: Path) -> None:
     assert config.load(None, environ={"HOME": str(tmp_path), **NOTHING}).seed == 0
 
 
+def test_a_home_that_is_no_folder_has_no_user_file() -> None:
+    for name in ("HOME", "XDG_CONFIG_HOME"):
+        assert config.load(None, environ={name: os.devnull, **NOTHING}) == config.RunConfig()
+
+
 def test_site_file_that_is_named_must_exist(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"site\.yaml"):
         config.load(None, environ={"HPCRESUME_SITE": str(tmp_path / "site.yaml")})

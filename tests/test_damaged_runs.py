@@ -129,7 +129,7 @@ def test_a_run_that_may_not_be_read_does_not_hide_the_others(run: Path, said: Sa
 
 POOR = {
     "no home": {"HOME": None, "XDG_CONFIG_HOME": None},
-    "home away": {"HOME": "/nonexistent", "XDG_CONFIG_HOME": "/nonexistent"},
+    "home away": {"HOME": os.devnull, "XDG_CONFIG_HOME": os.devnull},
     "ascii": {"LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
     "no colour": {"NO_COLOR": "1"},
     "narrow": {"COLUMNS": "40", "TERM": "dumb"},

@@ -34,7 +34,7 @@ def test_the_lines_of_the_pages_can_be_typed_as_they_stand(
         shutil.copytree(REPOSITORY / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HPCRESUME_SITE", os.devnull)
-    monkeypatch.setenv("XDG_CONFIG_HOME", "/nonexistent")
+    monkeypatch.setenv("XDG_CONFIG_HOME", os.devnull)
     words = shlex.split(line)[1:]
     code, _, errors = said(words[0], "--dry-run", "--cluster=local", *words[1:])
     assert code == 0, errors

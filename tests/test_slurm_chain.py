@@ -220,9 +220,7 @@ def test_an_ordinary_user_gets_the_same_bytes(
     cluster: SlurmCluster, folder: Path, uncut: dict[str, Any]
 ) -> None:
     python, path = ordinary_python(cluster.user)
-    home = Path(pwd.getpwnam(cluster.user).pw_dir)
-    home = cluster.home if not home.is_dir() else home
-    work = project(home / "a project", **SHORT)
+    work = project(cluster.home / "a project", **SHORT)
     owned_by(work, cluster.user)
     argv = [python, "-m", "hpcresume", "submit"]
     environ = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HPCRESUME_SITE": os.devnull}

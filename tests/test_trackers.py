@@ -185,6 +185,7 @@ class Followed:
             "MLFLOW_TRACKING_URI": f"file:{place / 'mlruns'}",
             "MLFLOW_ALLOW_FILE_STORE": "true",
             "TRACKIO_DIR": str(place / "trackio"),
+            "XDG_CONFIG_HOME": str(place),
         }
 
     def _wait_told(self, step: int) -> None:

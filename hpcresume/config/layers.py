@@ -89,7 +89,7 @@ def assignment(text: str) -> Layer:
 
 
 #: What is wrong with a path, and not with the disk.
-_NO_FILE = frozenset({errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP})
+_NO_FILE = frozenset({errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP})
 
 
 def _text(path: Path, source: str) -> str:
@@ -99,7 +99,7 @@ def _text(path: Path, source: str) -> str:
         if len(data) > _MAX_BYTES:
             raise ConfigError(f"{source}: longer than 1 MB; expected a YAML file of settings.")
         return data.decode("utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise NotFound(f"{source}: no such file; expected a YAML file of settings.") from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1

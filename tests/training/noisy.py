@@ -58,12 +58,13 @@ def train(session: hpcresume.Session) -> None:
     seen = 0.0
     for inputs, targets in session.steps(loader, accumulate=args.get("accumulate", 1)):
         time.sleep(args.get("pause_s", 0.0))
-        if session.global_step == args.get("fail_at", -1):
-            raise ValueError("this step always fails")
         loss = nn.functional.mse_loss(model(inputs), targets)
         loss.backward()
         if session.sync_gradients:
             optimizer.step()
+            if session.global_step == args.get("fail_at", -1):
+                # Behind the optimizer's step, so that nothing is left for an emergency save.
+                raise ValueError("this step always fails")
             scheduler.step()
             optimizer.zero_grad()
         session.log(loss=loss, lr=scheduler.get_last_lr()[0], noise=random.random())
