@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import hpcresume
+from hpcresume.checkpoint.arena import Arena, Image
+from hpcresume.checkpoint.contents import Contents
 from hpcresume.checkpoint.disk import occupied_bytes
 from hpcresume.checkpoint.images import verify
-from hpcresume.checkpoint.manifest import Committed
+from hpcresume.checkpoint.manifest import Committed, hash_stream
+from hpcresume.checkpoint.reader import METADATA, held_in
 from hpcresume.run_dir import RunDir
 
 TRAINED, FROZEN = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -187,3 +190,58 @@ def test_a_file_system_without_links_gets_whole_checkpoints(
     run = through(adapted(tmp_path / "run", 4), train=adapt)
     assert copies(checkpoints(run)) == [0, 1, 2, 3]
     verify(newest(run))
+
+
+# ---- what is staged of it --------------------------------------------------------------------
+
+
+def staged_still(arena: Arena, tensors: dict[str, torch.Tensor]) -> Image:
+    (image,) = arena.stage({FROZEN: tensors}, METADATA, still={FROZEN})
+    return image
+
+
+def hashed(image: Image) -> Image:
+    _, image.digests = hash_stream([image.content])
+    return image
+
+
+def test_what_is_there_from_the_save_before_is_looked_at_and_not_copied() -> None:
+    arena, tensors = Arena(), {"b": torch.rand(3, 5), "a": torch.rand(1 << 22), "c": torch.ones(0)}
+    image = hashed(staged_still(arena, tensors))
+    # Only a copy would take this mark away.
+    image.content[-1] ^= 1
+    marked = bytes(image.content)
+    assert bytes(staged_still(arena, tensors).content) == marked
+    tensors["a"].data[1 << 21] += 1
+    changed = staged_still(arena, tensors)
+    assert changed.digests is None
+    found = held_in(FROZEN, changed.content).tensors
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_another_layout_is_staged_anew() -> None:
+    arena, tensors = Arena(), {"a": torch.rand(8, 16)}
+    hashed(staged_still(arena, tensors))
+    for other in (tensors["a"].reshape(16, 8), tensors["a"].view(torch.int32), torch.rand(9)):
+        image = staged_still(arena, {"a": other})
+        assert torch.equal(held_in(FROZEN, image.content).tensors["a"], other)
+        hashed(image)
+
+
+class Rotary(nn.Module):
+    """A module with a table that its state dict leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(8.0), persistent=False)
+
+
+def test_a_table_that_grows_and_shrinks_is_in_the_saves_where_it_is_not_as_made() -> None:
+    model, contents, found = Rotary(), Contents(), []
+    contents.add("model", model)
+    for number in (0.0, 1.0, 1.0, 2.0, 0.0):
+        model.table = torch.arange(8.0) + number
+        staged = contents.stage({}, [], {}).beside(lambda entry: None)
+        tables = [held_in(i.name, i.content).tensors for i in staged.images if "buf" in i.name]
+        found.append([table["table"][0].item() for table in tables])
+    assert found == [[], [1.0], [1.0], [2.0], []]

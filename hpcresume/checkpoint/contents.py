@@ -159,7 +159,7 @@ class Contents:
                 written |= own
         partners = {rank for laid in self._layouts.values() for rank in laid.ranks.values()}
         return Staged(
-            self._arena.stage(tensors, reader.METADATA, metadata),
+            self._arena.stage(tensors, reader.METADATA, metadata, {*still, *as_made}),
             written,
             partial(_state_text, files.to_json(rest).rstrip(), objects),
             self._arena.arrived,

@@ -45,11 +45,13 @@ class Staged:
         for image in self.images:
             if image.name not in self.still and image.name not in self.as_made:
                 continue
-            size, digests = hash_stream([image.content])
-            if digests == self.as_made.get(image.name):
+            if image.digests is None:
+                _, image.digests = hash_stream([image.content])
+            size = len(image.content)
+            if image.digests == self.as_made.get(image.name):
                 left_out.add(image.name)
             elif image.name in self.still:
-                entry = FileEntry(name=image.name, bytes=size, chunks=digests)
+                entry = FileEntry(name=image.name, bytes=size, chunks=image.digests)
                 path = twin(entry)
                 if path is not None:
                     links[image.name] = (entry, path)

@@ -8,7 +8,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -83,17 +83,20 @@ def header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
 
 
 def digests(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """The digests of the file's chunks, from the tensors' own memory.
+    """The digests of the file's chunks, from the tensors' own memory."""
+    return digests_of(header(tensors, metadata), [tensors[name] for name in layout(tensors)])
+
+
+def digests_of(head: bytes, tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:
+    """The same where the file's head is there already, and the order of its tensors.
 
     What is not contiguous on the CPU is copied first, and given back at once.
     """
-    head = header(tensors, metadata)
     pieces: list[bytes | torch.Tensor] = [head]
     starts, end = [0], len(head)
-    for name in layout(tensors):
-        tensor = tensors[name].detach()
+    for tensor in tensors:
         if tensor.numel():
-            pieces.append(tensor.resolve_conj().resolve_neg())
+            pieces.append(tensor.detach().resolve_conj().resolve_neg())
             starts.append(end)
             end += tensor.numel() * tensor.element_size()
 
@@ -107,7 +110,7 @@ def digests(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
         return hasher.hexdigest()
 
     begins = range(0, end, CHUNK_BYTES)
-    if len(begins) == 1 or any(t.device.type != "cpu" for t in tensors.values()):
+    if len(begins) == 1 or any(not tensor.is_cpu for tensor in tensors):
         return tuple(map(digest, begins))
     with ThreadPoolExecutor(how_many(), "digest") as pool:
         return tuple(pool.map(digest, begins))
