@@ -158,17 +158,9 @@ class Followed:
         for step in logged:
             lines.append({"step": step, "epoch": 0, "loss": value(link.number, step)})
         lines.close()
-        argv = ["tracker", str(self.run.path), "--link", str(link.number), "--name", self.name]
-        with link.tracker_log(self.name).open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "hpcresume", *argv],
-                env=ENVIRON | self._environ(),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
+        process = self.follow(link)
         if how == "killed":
-            self._wait_told(logged[-1])
+            self.wait_told(logged[-1])
             process.kill()
         else:
             with training(link) as journal:
@@ -177,6 +169,18 @@ class Followed:
         assert process.wait(60) == (-signal.SIGKILL if how == "killed" else 0), self.words()
         assert " is off " not in self.words()
         return link
+
+    def follow(self, link: LinkDir, rank_pid: int | None = None) -> subprocess.Popen[bytes]:
+        argv = ["tracker", str(self.run.path), f"--link={link.number}", f"--name={self.name}"]
+        argv += [f"--rank-pid={rank_pid or os.getpid()}"]
+        with link.tracker_log(self.name).open("wb") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", "hpcresume", *argv],
+                env=ENVIRON | self._environ(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
 
     def _environ(self) -> dict[str, str]:
         place = self.run.path.parent
@@ -188,7 +192,7 @@ class Followed:
             "XDG_CONFIG_HOME": str(place),
         }
 
-    def _wait_told(self, step: int) -> None:
+    def wait_told(self, step: int) -> None:
         deadline = time.monotonic() + 60
         while Memory(self.run, self.name).told < step and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -410,7 +414,31 @@ def test_nothing_is_told_of_a_link_that_was_overtaken(tmp_path: Path) -> None:
     first = add_link(run)
     add_link(run)
     first.metrics.write_text('{"step":1,"loss":1.0}\n')
-    done = hpcresume("tracker", str(run.path), "--link=1", "--name=tensorboard", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
+    assert Followed(run, "tensorboard").follow(first).wait(60) == 0
     assert in_tensorboard(run) == []
     assert Memory(run, "tensorboard").told == 0
+
+
+def test_what_the_next_link_remembers_is_left_alone_by_one_that_was_overtaken(
+    tmp_path: Path,
+) -> None:
+    followed = Followed(make_run(tmp_path), "tensorboard")
+    first = add_link(followed.run)
+    first.metrics.write_text('{"step":1,"loss":1.0}\n')
+    process = followed.follow(first)
+    followed.wait_told(1)
+    Memory(followed.run, "tensorboard").reached(9)
+    add_link(followed.run)
+    process.send_signal(WAKE)
+    assert process.wait(60) == 0
+    assert Memory(followed.run, "tensorboard").told == 9
+
+
+def test_where_the_rank_is_gone_before_its_tracker_has_begun_all_is_told(tmp_path: Path) -> None:
+    followed = Followed(make_run(tmp_path), "tensorboard")
+    link = add_link(followed.run)
+    link.metrics.write_text('{"step":1,"loss":1.0}\n')
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    assert followed.follow(link, gone.pid).wait(60) == 0
+    assert in_tensorboard(followed.run) == [(1, 1.0)]

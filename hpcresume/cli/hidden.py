@@ -125,9 +125,10 @@ def local_driver(run: Path) -> int:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--link", "number", type=int, required=True)
 @click.option("--name", required=True)
-def tracker(run: Path, number: int, name: str) -> int:
+@click.option("--rank-pid", type=int, required=True)
+def tracker(run: Path, number: int, name: str, rank_pid: int) -> int:
     """Tell one tracker what a link's training logs, until the link has ended."""
     from hpcresume.trackers.follow import follow
 
-    follow(RunDir(run.absolute()), number, name)
+    follow(RunDir(run.absolute()), number, name, rank_pid)
     return 0

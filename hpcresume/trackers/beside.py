@@ -43,7 +43,7 @@ class Beside:
         self._running: dict[str, _Running] = {}
         for name in names:
             argv = [sys.executable, "-m", "hpcresume", "tracker", str(run.path)]
-            argv += ["--link", str(link.number), "--name", name]
+            argv += ["--link", str(link.number), "--name", name, "--rank-pid", str(os.getpid())]
             try:
                 check_installed([name])
                 with link.tracker_log(name).open("ab") as output:

@@ -46,14 +46,14 @@ _WAKING = (
 )
 
 
-def follow(run: RunDir, number: int, name: str) -> None:
-    """Tell a tracker of a link until that has ended."""
+def follow(run: RunDir, number: int, name: str, rank_pid: int) -> None:
+    """Tell a tracker of a link until that has ended; `rank_pid` is the process that trains."""
     pause = _Pause()
     os.nice(_NICE)
     config = read_frozen(run.config)
     with logging_to(run.train_log, level=config.log.level):
         try:
-            _follow(run, number, name, config.args, pause)
+            _follow(run, _Link(run.link(number), rank_pid), name, config.args, pause)
         except (Exception, SystemExit) as error:
             # Nobody can say what somebody else's package raises.
             what = " ".join(str(error).split())[:300] or type(error).__name__
@@ -61,8 +61,7 @@ def follow(run: RunDir, number: int, name: str) -> None:
             log.debug("", exc_info=True)
 
 
-def _follow(run: RunDir, number: int, name: str, args: Mapping[str, Any], pause: _Pause) -> None:
-    link = _Link(run.link(number))
+def _follow(run: RunDir, link: _Link, name: str, args: Mapping[str, Any], pause: _Pause) -> None:
     restored = link.record("restored")
     while restored is None:
         if link.over(run):
@@ -75,24 +74,27 @@ def _follow(run: RunDir, number: int, name: str, args: Mapping[str, Any], pause:
         run=run,
         id=str(identity["id"]),
         project=Path(identity["project"]).name or run.name,
-        link=number,
+        link=link.number,
         args=args,
         memory=memory,
     )
     tracker = open_tracker(name, subject)
-    over = Lineage(segments_from_json(restored.get("segments", [])), number)
+    over = Lineage(segments_from_json(restored.get("segments", [])), link.number)
     lines = Lines(run, over, tracker.begin(int(restored["step"])))
     while True:
         # Asked before the last look, which then sees everything.
         last = link.over(run)
         found = lines.look()
         for begin in range(0, len(found), _AT_ONCE):
-            if run.newest_link() != number:
+            if run.newest_link() != link.number:
                 return
             tracker.tell(found[begin : begin + _AT_ONCE])
         if last:
             break
         pause.wait()
+    if run.newest_link() != link.number:
+        # The tracker run and its memory are the next link's now.
+        return
     ended = link.record("ended")
     tracker.close("failed" if ended is None else str(ended.get("how")))
     memory.reached(memory.told, sync=True)
@@ -124,11 +126,11 @@ class _Pause:
 class _Link:
     """What the link's training has recorded so far."""
 
-    def __init__(self, link: LinkDir) -> None:
-        self._number = link.number
+    def __init__(self, link: LinkDir, rank_pid: int) -> None:
+        self.number = link.number
         self._records: dict[str, Mapping[str, Any]] = {}
         self._lines = GrowingLines(link.training)
-        self._parent = os.getppid()
+        self._rank_pid = rank_pid
 
     def record(self, kind: str) -> Mapping[str, Any] | None:
         """The newest record of a kind."""
@@ -139,6 +141,6 @@ class _Link:
 
     def over(self, run: RunDir) -> bool:
         """Whether the training has ended, by its word or without one."""
-        if self.record("ended") is not None or os.getppid() != self._parent:
+        if self.record("ended") is not None or os.getppid() != self._rank_pid:
             return True
-        return run.newest_link() != self._number
+        return run.newest_link() != self.number
