@@ -42,6 +42,21 @@ from hpcresume.story import token_prefix
             "it asks for more nodes than its QOS gives a job: it will never start like this "
             "(QOSMaxNodePerJobLimit)",
         ),
+        (
+            "AssocGrpCPURunMinutesLimit",
+            "your account uses as much of cores as it may; it starts when others end "
+            "(AssocGrpCPURunMinutesLimit)",
+        ),
+        (
+            "QOSMinGRES",
+            "its QOS wants its jobs to ask for more GPUs: it will never start like this "
+            "(QOSMinGRES)",
+        ),
+        (
+            "QOSMinCpuNotSatisfied",
+            "its QOS wants its jobs to ask for more cores: it will never start like this "
+            "(QOSMinCpuNotSatisfied)",
+        ),
         ("NewInSlurm99", "NewInSlurm99"),
         ("", ""),
     ],

@@ -47,10 +47,10 @@ _REASONS = {
 }
 
 _LIMIT = re.compile(
-    r"(?P<whose>Assoc|QOS)?(?:Grp|Max|Min)"
+    r"(?P<whose>Assoc|QOS)?(?P<bound>Grp|Max|Min)"
     r"(?P<what>Cpu|CPU|GRES|Mem|Memory|Node|Billing|BB|Energy|License|WallDuration|Wall)s?"
     r"(?P<time>(?:Run)?Minutes|Mins)?"
-    r"(?P<per>PerUser|PerAccount|PerJob|PerNode)?(?:Limit)?"
+    r"(?P<per>PerUser|PerAccount|PerJob|PerNode)?(?:Limit|NotSatisfied)?"
 )
 _WHAT = {
     "Cpu": "cores",
@@ -83,9 +83,12 @@ def _limit_words(code: str) -> str | None:
         return None
     owner = "its QOS" if limit["whose"] == "QOS" else "your account"
     what = _WHAT[limit["what"]]
+    if limit["bound"] == "Min":
+        return f"{owner} wants its jobs to ask for more {what}: {_NEVER}"
     if limit["per"] in ("PerJob", "PerNode"):
         return f"it asks for more {what} than {owner} gives a job: {_NEVER}"
-    if limit["time"] or what in ("time", "energy"):
+    # What running jobs may still use (RunMinutes) is free again when they end.
+    if limit["time"] in ("Minutes", "Mins") or what in ("time", "energy"):
         return f"{owner} has used up what it may of {what}"
     if limit["per"] == "PerUser":
         return f"you use as much of {what} as {owner} allows; it starts when a job of yours ends"
