@@ -245,6 +245,8 @@ def test_the_usual_interval_is_that_of_the_newest_links_saves() -> None:
 
     assert usual_interval([link(1, [0, 60, 120]), link(2, [500, 530, 560, 590])]) == 30
     assert usual_interval([link(1, [0])]) is None
+    slow, fast = [60 * n for n in range(25)], [5000 + 30 * n for n in range(20)]
+    assert usual_interval([link(1, slow), link(2, fast)]) == 30
 
 
 def test_a_long_plan_shows_the_last_checkpoint_of_each_link() -> None:
@@ -305,6 +307,18 @@ def test_before_the_first_checkpoint_the_plan_is_yet_to_come(runs: Path, said: S
     assert "The plan comes with the first checkpoint" in said("status", "toy", "--plan")[1]
 
 
+def test_what_lasts_for_ages_has_no_plan(
+    tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(tmp_path)
+    state = folder.add("one", "waiting", links=2, saves=2).trainer_state
+    for name in ("PATH", "HPCRESUME_RUNS"):
+        monkeypatch.setenv(name, folder.environ[name])
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"total_steps": 10**17}))
+    code, out, _ = said("status", "one", "--plan")
+    assert code == 0 and "more than ten years" in out
+
+
 # ---- again and again -----------------------------------------------------------------------
 
 
@@ -357,14 +371,21 @@ def test_w_goes_with_no_option_that_is_for_programs(runs: Path, said: Said, othe
     assert code == 2 and "leave out" in err
 
 
-def test_w_goes_on_where_the_folder_is_away_for_a_while(runs: Path) -> None:
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [(["toy"], "not a run directory"), ([], "No run is there any more")],
+    ids=["one", "all"],
+)
+def test_w_goes_on_where_the_folder_is_away_for_a_while(
+    runs: Path, named: list[str], words: str
+) -> None:
     run = make_run(runs)
     link = begin_link(run)
-    argv = ["-m", "hpcresume", "status", "toy", "-w"]
+    argv = ["-m", "hpcresume", "status", *named, "-w"]
     with Terminal(argv, runs.parent, width=80, height=20, HPCRESUME_RUNS=str(runs)) as terminal:
         terminal.wait_for("▲ stalled")
         runs.rename(runs.with_name("away"))
-        terminal.wait_for("not a run directory")
+        terminal.wait_for(words)
         runs.with_name("away").rename(runs)
         with training(link) as journal:
             journal.write("completed", step=10, epoch=1)

@@ -16,7 +16,7 @@ _OLDER = 0.5
 #: No step, no duration and no Unix time of a run is as large.
 _LARGEST = 1e11
 #: What would last longer than ten years is no estimate.
-_LONGEST_S = 10 * 365 * 86400.0
+LONGEST_S = 10 * 365 * 86400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ def calendar(pace: Pace, promise: Promise, place: Place) -> Calendar | None:
     waits = pace.waits_s or (0.0,)
     expected = _end(pace, place, promise.lead_s, usual, sum(waits) / len(waits))
     best = _end(pace, place, promise.lead_s, full, min(waits))
-    if expected is None or best is None or expected[0] > place.now + _LONGEST_S:
+    if expected is None or best is None or expected[0] > place.now + LONGEST_S:
         return None
     return Calendar(expected=expected[0], best=min(best[0], expected[0]), links_left=expected[1])
 

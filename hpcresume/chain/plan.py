@@ -52,7 +52,7 @@ def usual_interval(links: Sequence[LinkRecords]) -> float | None:
     gaps: list[float] = []
     for link in reversed(links):
         times = [float(record["t"]) for record in link.all("saved")]
-        gaps += [b - a for a, b in pairwise(times) if b > a]
+        gaps = [b - a for a, b in pairwise(times) if b > a] + gaps
         if len(gaps) >= _NEWEST:
             break
     return statistics.median(gaps[-_NEWEST:]) if gaps else None

@@ -11,7 +11,7 @@ import click
 
 from hpcresume import status as statuses
 from hpcresume.cli.options import chosen_run, no_run, root_of, run_argument, runs_option
-from hpcresume.errors import UsageError
+from hpcresume.errors import NotFound, UsageError
 from hpcresume.observe.jobs import LivingJobs
 from hpcresume.observe.overview import Overview, OverviewTail
 from hpcresume.run_dir import RunDir, all_runs, find_run
@@ -97,9 +97,10 @@ def status(
 
 
 def _rows(seen: Overview) -> list[statuses.RunStatus]:
-    """At least one; raises what was in the way where all are damaged."""
+    """At least one; raises what was in the way where all are damaged, or none is there."""
     if not seen.runs:
-        raise seen.errors[0]
+        # The folder may be away for a while.
+        raise seen.errors[0] if seen.errors else NotFound("No run is there any more.")
     return list(seen.runs.values())
 
 

@@ -6,6 +6,7 @@ runs in a thread, and the screen goes on and can be left.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -83,9 +84,8 @@ class _Keeper:
 
 def _draw(text: str) -> None:
     """Lines beyond the screen are counted, not drawn: what is above must not scroll away."""
-    import os
-
-    height = os.get_terminal_size(sys.stdout.fileno()).lines
+    # A serial console knows no size.
+    height = os.get_terminal_size(sys.stdout.fileno()).lines or 24
     lines = text.split("\n")
     if len(lines) > height - 1:
         more = len(lines) - (height - 2)

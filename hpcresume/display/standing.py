@@ -52,7 +52,7 @@ def _facts(row: RunStatus) -> Iterator[tuple[str, str]]:
     now = time.time()
     if row.why:
         yield "why", row.why
-    parts = [f"{steps(row)}"]
+    parts = [steps(row)]
     parts += [f"epoch {row.epoch:.2f}"] if row.epoch else []
     parts += [f"loss {row.loss:.4f}"] if row.loss is not None else []
     yield "step" if row.step or not row.seen else "ran", " · ".join(parts)

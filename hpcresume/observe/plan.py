@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hpcresume import files
-from hpcresume.chain.calendar import measure, promised
+from hpcresume.chain.calendar import LONGEST_S, measure, promised
 from hpcresume.chain.plan import PlannedSave, Rhythm, plan, usual_interval
 from hpcresume.config import CheckpointConfig, read_frozen
 from hpcresume.run_dir import RunDir
@@ -46,6 +46,9 @@ def plan_of(run: RunDir, status: RunStatus, jobs: Sequence[JobInfo] | None) -> R
     pace = measure(story.links, story.submissions)
     if pace is None:
         return RunPlan([], total, "The plan comes with the first checkpoint: no pace is known yet.")
+    left = max(0, total - status.step)
+    if left / pace.steps_per_s > LONGEST_S:
+        return RunPlan([], total, "At the pace of its links so far it lasts more than ten years.")
     settings = read_frozen(run.config).checkpoint
     saves = plan(
         step=status.step,
@@ -53,7 +56,7 @@ def plan_of(run: RunDir, status: RunStatus, jobs: Sequence[JobInfo] | None) -> R
         link=status.link + (status.state == "running" and not is_alive(story, status)),
         pace=pace,
         promise=promised(story.links, story.submissions),
-        place=place_of(story, status.state, max(0, total - status.step), jobs),
+        place=place_of(story, status.state, left, jobs),
         rhythm=_rhythm(run, story, settings),
     )
     if not saves:
