@@ -241,6 +241,19 @@ def test_a_run_at_rest_is_looked_at_again_when_it_goes_on(tmp_path: Path) -> Non
     assert states == ["stopped", "stalled"]
 
 
+def test_complete_runs_that_are_not_shown_are_read_once(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        done = MadeChain(tmp_path, name)
+        done.link(10, cause="completed", detail="complete")
+        done.complete()
+    tail = OverviewTail(tmp_path, LivingJobs({}), all_complete=False)
+    shown = [run.name for run in tail.look().paths.values()]
+    (hidden,) = {"old", "new"} - {*shown}
+    # The folder's own time stays, as nothing was claimed or submitted.
+    RunDir(tmp_path / hidden).link(1).training.write_text("")
+    assert [run.name for run in tail.look().paths.values()] == shown
+
+
 def test_a_run_that_takes_anothers_place_is_not_taken_for_it(tmp_path: Path) -> None:
     chain = MadeChain(tmp_path, "toy")
     chain.link(10)

@@ -71,13 +71,13 @@ def chosen_run(text: str | None, runs: str | None) -> RunDir:
     root = root_of(runs)
     if text is not None:
         return find_run(text, root)
-    from hpcresume.story import read_story
+    from hpcresume.story import glance
 
     known = all_runs(root)
     for run in known:
         # One that is damaged is nobody's default, but may be named.
         with contextlib.suppress(NotFound):
-            if not read_story(run).completed:
+            if not glance(run).completed:
                 return run
     if known:
         return known[0]

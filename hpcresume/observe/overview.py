@@ -86,13 +86,15 @@ class _Known:
         self._run = run
         self._story: StoryTail | None = None
         self._status: RunStatus | None = None
+        self._complete = False
         self.run_id = str(run.identify()["id"])
 
     def is_complete(self) -> bool:
         """Whether training is complete, which takes less reading than how it stands."""
         if self._status is not None:
             return self._status.state == "complete"
-        return glance(self._run).completed
+        self._complete = self._complete or glance(self._run).completed
+        return self._complete
 
     def look(self, jobs: LivingJobs, add_up: bool) -> RunStatus:
         if self._status is None or self._status.state not in _AT_REST:
