@@ -1,8 +1,8 @@
-"""Makes the pictures of the documentation anew: `python docs/images/make.py [terminal] [web]`.
+"""Makes the pictures of the documentation anew: `python docs/images/make.py [NAME...]`.
 
-Needs what the tests need. The terminal's are of real trainings on this machine, the page's of runs
-written as links write them (`tests/made_chain.py`), because they show days. Look at each picture
-before you commit it.
+NAME is terminal, status or web. Needs what the tests need. The terminal's are of real trainings on
+this machine; those of `status` and the page are of runs written as links write them
+(`tests/made_chain.py`), because they show days. Look at each picture before you commit it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from oracle import ENVIRON, hpcresume  # noqa: E402
 from page_server import free_port, served  # noqa: E402
 from terminal import Terminal  # noqa: E402
 
+from hpcresume.journal import Journal  # noqa: E402
 from hpcresume.story import token_prefix  # noqa: E402
 
 # ---- the terminal ----------------------------------------------------------------------------
@@ -42,6 +43,7 @@ PALETTES = {
         "green": "#98c379",
         "red": "#e06c75",
         "brown": "#e5c07b",
+        "magenta": "#c678dd",
         "brightblack": "#6b7280",
     },
     "-light": {
@@ -51,6 +53,7 @@ PALETTES = {
         "green": "#2b7a3d",
         "red": "#b3261e",
         "brown": "#8a5a00",
+        "magenta": "#8250a8",
         "brightblack": "#8a929c",
     },
 }
@@ -207,6 +210,25 @@ def terminal(folder: Path) -> None:
         draw(seen, folder, "terminal-progress", "", "-light")
 
 
+def status(folder: Path) -> None:
+    """All runs, and one with its plan."""
+    made_runs(folder / "runs")
+    for name, words, width, palettes in (
+        ("terminal-status", ["status"], 120, ("", "-light")),
+        ("terminal-status-plan", ["status", "lm-1b-fineweb", "--plan"], 80, ("",)),
+    ):
+        argv = ("-m", "hpcresume", *words)
+        runs = str(folder / "runs")
+        with Terminal(argv, folder, width=width, height=40, HPCRESUME_RUNS=runs) as seen:
+            assert seen.end() == 0, seen.screen
+            prompt = f"\x1b[32m$\x1b[0m hpcresume {' '.join(words)}\r\n".encode()
+            # pyte knows no dim letters.
+            shown = prompt + seen.raw.replace(b"\x1b[2m", b"\x1b[90m")
+            seen._screen.reset()
+            seen._stream.feed(shown)
+            draw(seen, folder, name, *palettes)
+
+
 def _settle(seen: Terminal, seconds: float) -> None:
     """Read on for a while, up to the end of a picture: one that has just begun is not all there."""
     deadline = time.monotonic() + seconds
@@ -244,6 +266,9 @@ def made_runs(root: Path) -> None:
     ):
         lm.link(steps, **{"seconds": 7000.0, **more})
     lm.link(560, queued_s=now - lm.now - 3300, seconds=3300.0, node="gpu022", cause=None)
+    journal = Journal(lm.run.submissions, link=0, job=None)
+    journal.write("queued", queued_job="48107", after_link=0, time_s=7200.0, lead_s=90.0)
+    journal.close()
     bad = MadeChain(root, "lm-1b-ablation-no-warmup", total=8000, begins=now - 13 * 3600)
     bad.link(900)
     reason = "loss was not finite in step 1281 (nan); the last finite checkpoint, step 1280, is "
@@ -271,6 +296,8 @@ def made_runs(root: Path) -> None:
         f"{job}|{words}|{begin or 'N/A'}|{end or 'N/A'}|{token_prefix(run.identify()['id'])}1"
         for job, words, begin, end, run in ((j, w, int(b), int(e), r) for j, w, b, e, r in queue)
     ]
+    # It trains, and so it is the first of all.
+    lm.run.trainer_state.touch()
     slurm = FakeSlurm(root.parent / "slurm")
     slurm.program("squeue", "cat <<'END'\n" + "\n".join(rows) + "\nEND")
     ENVIRON["PATH"] = slurm.path
@@ -319,10 +346,10 @@ def web(folder: Path) -> None:
 
 def main() -> None:
     """Make those that are named, by default all."""
-    asked = sys.argv[1:] or ["terminal", "web"]
-    with tempfile.TemporaryDirectory(prefix="pictures-") as folder:
-        for name in asked:
-            {"terminal": terminal, "web": web}[name](Path(folder))
+    made = {"terminal": terminal, "status": status, "web": web}
+    for name in sys.argv[1:] or made:
+        with tempfile.TemporaryDirectory(prefix="pictures-") as folder:
+            made[name](Path(folder))
 
 
 if __name__ == "__main__":
