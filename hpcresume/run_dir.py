@@ -17,6 +17,7 @@ cache/                   what torch.compile and Triton have compiled; may be rem
 final_model/             after completion
 trackers/wandb.json      the id of the tracker run that all links share, the step that it was told
 tensorboard/             event files
+framework/               what a training framework saves where its script names no place
 train.log                the log of all links, for tail -F
 STOP, CANCEL             requests, made by creating the file
 """
