@@ -91,6 +91,8 @@ export class RunView {
     if (!moves && !anyway) return;
     const facts = factsOf(data, now).map(([term, value, aside]) => h("div", {}, h("dt", {}, term), h("dd", {}, value, aside ? h("small", {}, aside) : "")));
     fill(slots.facts, facts);
+    // Rows of about the same length, where the page is wide: of nine none stands alone.
+    slots.facts.style.setProperty("--columns", Math.ceil(facts.length / Math.ceil(facts.length / 8)));
     showTimeline(slots.timeline, data.links, now);
   }
 
