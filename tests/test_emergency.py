@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from bug_links import (
     steps_kept,
     through,
 )
-from torch import nn
 from torch.utils.data import IterableDataset
 
 import hpcresume
@@ -32,16 +31,16 @@ from hpcresume.errors import UsageError
 from hpcresume.history import past_links
 from hpcresume.run_dir import RunDir
 from hpcresume.story import read_story
-from hpcresume.training.emergency import Sentinel
+from hpcresume.training import emergency
 
 Fail = Callable[["Training"], Any]
 
 
-def work() -> None:
-    """Computes for as long as a step of a real training does, and draws no random numbers."""
-    square, began = torch.ones(100, 100), time.process_time()
-    while time.process_time() - began < 0.06:
-        square = square @ square / 100
+@pytest.fixture(autouse=True)
+def _any_step_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To remember the boundary behind it, on however slow a machine; see test_emergency_cost."""
+    monkeypatch.setattr(emergency, "_SHORTEST_S", 0.0)
+    monkeypatch.setattr(emergency, "_SHARE", math.inf)
 
 
 class Numbers(IterableDataset[Any]):
@@ -106,7 +105,6 @@ class Training:
         )
         for batch in session.steps(loader, accumulate=self.accumulate):
             points = batch if self.stream else batch[1]
-            work()
             # The rate is set by hand, as many do, and so has changed when a later line fails.
             self.optimizer.param_groups[0]["weight_decay"] = 0.01 * session.global_step
             points = points + 0.1 * float(self.dice.normal()) + random.gauss(0, 0.1)
@@ -221,7 +219,6 @@ def test_a_failure_while_a_batch_is_read_is_as_harmless(tmp_path: Path) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
         session.register(model=model, optimizer=optimizer)
         for _, points in session.steps(session.loader(Breaks(), batch_size=4, shuffle=True)):
-            work()
             loss_of(model, points).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -346,49 +343,3 @@ def test_the_exception_is_told_although_the_save_fails_as_well(tmp_path: Path) -
     assert ended.why == "RuntimeError: failed at: forward"
     (why,) = unsaved(run)
     assert "Fenced" in why
-
-
-# What it costs
-
-
-def sentinel(*items: tuple[str, Any], num_ranks: int = 1) -> Sentinel[int]:
-    return Sentinel(items, {}, num_ranks=num_ranks)
-
-
-def test_no_boundary_is_remembered_behind_a_step_of_less_than_two_milliseconds() -> None:
-    assert sentinel().from_s == 0.002
-
-
-def test_a_boundary_that_costs_more_than_a_hundredth_of_the_step_is_not_remembered() -> None:
-    guard = sentinel(("model", Net()))
-    slow = torch.ones(1200, 1200)
-
-    def mark() -> int:
-        nonlocal slow
-        slow = slow @ slow / 1200
-        return 1
-
-    guard.remember(3, mark)
-    assert guard.from_s > 0.1
-    assert guard.refusal(3) is None
-    why = guard.refusal(4)
-    assert why is not None and "the step before was too short to remember its state" in why
-
-
-def test_with_several_ranks_there_is_none() -> None:
-    guard = sentinel(num_ranks=2)
-    assert guard.from_s == float("inf")
-    why = guard.refusal(0)
-    assert why == "the other ranks cannot be asked for their random state any more"
-
-
-def test_what_cannot_be_watched_is_said_and_costs_nothing_any_more() -> None:
-    class Extra(nn.Linear):
-        def get_extra_state(self) -> Any:
-            return 1
-
-    guard = sentinel(("model", Extra(1, 1)))
-    guard.remember(1, lambda: 0)
-    assert guard.from_s == float("inf")
-    why = guard.refusal(1)
-    assert why == "'model' cannot be watched: its Extra has a get_extra_state() of its own"
