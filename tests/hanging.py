@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from oracle import TRAINING
+from oracle import TRAINING, merged
+
+from hpcresume.run_dir import RunDir
 
 _PAUSE = '        time.sleep(args.get("pause_s", 0.0))\n'
 _HANG = """
@@ -25,7 +27,19 @@ def hanging(folder: Path, *, once: bool) -> dict[str, Any]:
     return {
         "train": "hanging.py:train",
         "args": {"once": once},
-        "chain": {"hang_s": 2},
+        # Longer than a save may wait for a busy disk.
+        "chain": {"hang_s": 6},
         # Steps are short: a save that is being written would let the one at step 18 wait.
         "checkpoint": {"background": False},
     }
+
+
+def standing(folder: Path) -> dict[str, Any]:
+    """The same once, and nobody minds: it stands in step 20, behind the save of step 18, until
+    something else ends its link."""
+    return merged(hanging(folder, once=True), {"chain": {"hang_s": 0}})
+
+
+def stands(run: RunDir) -> bool:
+    """Whether the training has come to step 20."""
+    return (run.path / "hung").exists()

@@ -395,15 +395,23 @@ while step < 60:
 guest.completed(60, "step 60 of 60")
 """
 
+#: It stands at a step of each of the first links until it is told to leave, or killed.
+_STANDS = """
+    while step == {"1": 13, "2": 25}.get(os.environ["HPCRESUME_LINK"]) and not guest.why_stop():
+        time.sleep(0.02)
+"""
+
 
 def test_a_guest_is_killed_and_asked_to_leave_and_its_chain_comes_to_the_end(
     chain: Chain,
 ) -> None:
-    name = script(chain, _GUEST)
+    begin = "while step < 60:\n"
+    assert begin in _GUEST
+    name = script(chain, _GUEST.replace(begin, begin + _STANDS))
     argv = ("--set=chain.signal_command=none", "--", sys.executable, name)
     chain.submit(*argv, detach=True)
-    chain.cut(1, signal.SIGKILL, after="at 13\n")
-    chain.cut(2, signal.SIGTERM, after="at 25\n")
+    chain.cut_guest(1, signal.SIGKILL, after="at 13\n")
+    chain.cut_guest(2, signal.SIGTERM, after="at 25\n")
     chain.completed()
     assert chain.ends() == ["killed", "deadline", "completed"], chain.story()
     begun = [r for r in chain.records("restored") if r.get("guest")]

@@ -54,6 +54,23 @@ def without_the_line() -> str:
     return text
 
 
+def standing(text: str, *steps: int) -> str:
+    """The script, which stands in a step of each of the first links until it is told to leave.
+
+    Whoever is to end a link in that step has all the time for it.
+    """
+    printed = '        print(f"step {state.global_step}", flush=True)\n'
+    for line in (printed, "import random\n"):
+        assert text.count(line) == 1, line
+    at = {str(link): step for link, step in enumerate(steps, 1)}
+    stand = (
+        f'        if state.global_step == {at}.get(os.environ["HPCRESUME_LINK"]):\n'
+        '            while not os.path.exists(os.environ["HPCRESUME_STOP"]):\n'
+        "                time.sleep(0.02)\n"
+    )
+    return text.replace(printed, printed + stand).replace("import random\n", "import os, random\n")
+
+
 def uncut(folder: Path, *launcher: str) -> dict[str, Any]:
     """What the example leaves, trained without a cut in the foreground."""
     done = subprocess.run(
@@ -88,11 +105,10 @@ def test_a_trainer_that_knows_nothing_of_us_is_killed_and_stopped_and_ends_as_th
     chain: Chain, tmp_path: Path
 ) -> None:
     expected = uncut(tmp_path, sys.executable)
-    (chain.folder / "main.py").write_text(without_the_line())
-    command = (sys.executable, "main.py", *SMALL, "--pause=0.1")
-    chain.submit("--hf", "--", *command, detach=True)
-    chain.cut(1, signal.SIGKILL, after="step 12\n")
-    chain.cut(2, signal.SIGTERM, after="step 17\n")
+    (chain.folder / "main.py").write_text(standing(without_the_line(), 12, 17))
+    chain.submit("--hf", "--", sys.executable, "main.py", *SMALL, detach=True)
+    chain.cut_guest(1, signal.SIGKILL, after="step 12\n")
+    chain.cut_guest(2, signal.SIGTERM, after="step 17\n")
     chain.completed()
     assert chain.ends() == ["killed", "deadline", "completed"], chain.story()
     begun = [record["step"] for record in chain.records("restored") if record.get("guest")]
@@ -113,11 +129,11 @@ def test_two_processes_of_torchrun_are_killed_and_stopped_at_the_same_step(
 ) -> None:
     launcher = LAUNCHERS["torchrun"]
     expected = uncut(tmp_path, *launcher)
-    (chain.folder / "main.py").write_text(EXAMPLE.read_text(encoding="utf-8"))
+    (chain.folder / "main.py").write_text(standing(EXAMPLE.read_text(encoding="utf-8"), 7, 8))
     argv = ("--set=chain.lead_s=40", "--set=chain.signal_command=none")
-    chain.submit(*argv, "--", *launcher, "main.py", *SMALL, "--pause=0.3", detach=True)
-    chain.cut(1, signal.SIGKILL, after="step 7\n")
-    chain.cut(2, signal.SIGTERM, after="step 8\n")
+    chain.submit(*argv, "--", *launcher, "main.py", *SMALL, detach=True)
+    chain.cut_guest(1, signal.SIGKILL, after="step 7\n")
+    chain.cut_guest(2, signal.SIGTERM, after="step 8\n")
     chain.completed()
     assert chain.ends() == ["killed", "deadline", "completed"], chain.story()
     begun = [record["step"] for record in chain.records("restored") if record.get("guest")]

@@ -63,15 +63,33 @@ def without_the_line() -> str:
     return text
 
 
+def standing(text: str, *steps: int) -> str:
+    """The script, which stands in a step of each of the first links until it is told to leave.
+
+    Whoever is to end a link in that step has all the time for it.
+    """
+    pause = '        time.sleep(self.hparams["pause"])\n'
+    for line in (pause, "import time\n"):
+        assert text.count(line) == 1, line
+    at = {str(link): step for link, step in enumerate(steps, 1)}
+    stand = (
+        f'        if self.global_step == {at}.get(os.environ["HPCRESUME_LINK"]):\n'
+        '            while not os.path.exists(os.environ["HPCRESUME_STOP"]):\n'
+        "                time.sleep(0.02)\n"
+    )
+    return text.replace(pause, pause + stand).replace("import time\n", "import os, time\n")
+
+
 @pytest.mark.timeout(280)
 def test_a_script_that_knows_nothing_of_us_is_stopped_and_killed_and_ends_as_the_uncut_one(
     chain: Chain, tmp_path: Path
 ) -> None:
-    (chain.folder / "main.py").write_text(without_the_line())
+    # In the second epoch and in the third, of 13 steps each.
+    (chain.folder / "main.py").write_text(standing(without_the_line(), 16, 30))
     uncut = uncut_example(tmp_path / "uncut")
-    chain.submit("--lightning", "--", sys.executable, "main.py", "--pause=0.04", detach=True)
-    chain.cut(1, signal.SIGTERM, after="epoch 1 ")
-    chain.cut(2, signal.SIGKILL, after="epoch 2 ")
+    chain.submit("--lightning", "--", sys.executable, "main.py", detach=True)
+    chain.cut_guest(1, signal.SIGTERM, after="epoch 1 ")
+    chain.cut_guest(2, signal.SIGKILL, after="epoch 2 ")
     chain.completed()
     assert uncut.wait() == 0
     assert chain.ends() == ["deadline", "killed", "completed"], chain.story()
@@ -100,8 +118,8 @@ def test_the_example_is_killed_and_stopped_and_ends_with_the_bits_of_the_uncut_r
     assert uncut.wait() == 0
     command = (sys.executable, EXAMPLE.name, devices, "--pause=0.1")
     chain.submit("--set=chain.signal_command=none", "--", *command, detach=True)
-    chain.cut(1, signal.SIGKILL, after="saved step 5 ")
-    chain.cut(2, signal.SIGTERM, after="saved step 15 ")
+    chain.cut_guest(1, signal.SIGKILL, after="saved step 5 ")
+    chain.cut_guest(2, signal.SIGTERM, after="saved step 15 ")
     chain.completed()
     assert chain.ends() == ["killed", "deadline", "completed"], chain.story()
     begun = [record["step"] for record in chain.records("restored") if record.get("guest")]
@@ -115,10 +133,10 @@ def test_lightning_under_its_older_name_is_chained_as_well(chain: Chain, tmp_pat
     text = without_the_line()
     older = text.replace("\nimport lightning\n", "\nimport pytorch_lightning as lightning\n")
     assert older != text
-    (chain.folder / "main.py").write_text(older)
+    (chain.folder / "main.py").write_text(standing(older, 16))
     uncut = uncut_example(tmp_path / "uncut")
-    chain.submit("--lightning", "--", sys.executable, "main.py", "--pause=0.04", detach=True)
-    chain.cut(1, signal.SIGTERM, after="epoch 1 ")
+    chain.submit("--lightning", "--", sys.executable, "main.py", detach=True)
+    chain.cut_guest(1, signal.SIGTERM, after="epoch 1 ")
     chain.completed()
     assert uncut.wait() == 0
     assert chain.ends() == ["deadline", "completed"], chain.story()

@@ -14,7 +14,8 @@ from oracle import Chain, assert_equivalent, hpcresume, merged, schedule, train_
 from hpcresume.journal import LinkRecords
 
 LENIENT = {"chain": {"no_progress_links": 30, "max_crashes": 30, "lead_s": 1.0}}
-SLOW = {"args": {"pause_s": 0.02}, "scheduler": {"grace_s": 3}}
+#: Twice as long as the cuts of any schedule need.
+SLOW = {"args": {"pause_s": 0.04}, "scheduler": {"grace_s": 3}}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_a_chain_that_hangs_in_the_same_step_twice_stops_and_says_so(folder: Pat
         decided = [record for link in links for record in link.all("decided")]
         return next((record for record in decided if record["decision"] == "stop"), None)
 
-    decision = chain.wait_for(stopped)
+    decision = chain.wait_for(stopped, 150)
     assert (decision["rule"], decision["cause"]) == ("same_exception", "hang"), chain.story()
     assert "in step 20, in links 1 and 2" in decision["reason"]
     assert len(chain.links()) == 2
@@ -94,7 +95,7 @@ def _status(folder: Path) -> dict[str, Any]:
 def test_cancel_with_save_saves_the_last_step_and_takes_more_than_the_grace_for_it(
     folder: Path, uncut: dict[str, Any]
 ) -> None:
-    changes = {"args": {"pause_s": 0.1}, "scheduler": {"grace_s": 0}, "checkpoint": {"steps": 1000}}
+    changes = {"args": {"pause_s": 0.4}, "scheduler": {"grace_s": 0}, "checkpoint": {"steps": 1000}}
     chain = Chain(folder, **merged(LENIENT, changes))
     chain.wait_for(lambda links: any(link.last("started") for link in links))
     done = hpcresume("cancel", "--yes", "--save", "run", cwd=folder)

@@ -34,12 +34,36 @@ def at(folder: Path) -> Chain:
     return Chain(copied(folder))
 
 
+#: It stands in a step of each of the first two links until it is let go, or killed.
+_STANDS = """
+        at = {"1": 20, "2": 40}.get(os.environ["HPCRESUME_LINK"])
+        while session.global_step == at and not (session.path / "go").exists():
+            time.sleep(0.02)
+"""
+
+
+def standing(folder: Path) -> None:
+    """Have the training in a folder of `copied` wait for whoever is to end its first two links."""
+    path = folder / "examples" / "fsdp.py"
+    text = path.read_text()
+    loop = "    for batch in session.steps(loader):\n"
+    for line in (loop, "import torch\n"):
+        assert text.count(line) == 1, line
+    text = text.replace(loop, loop + _STANDS)
+    path.write_text(text.replace("import torch\n", "import os, time\nimport torch\n"))
+
+
+def let_go(run: RunDir) -> None:
+    (run.path / "go").touch()
+
+
 def cut_twice(chain: Chain) -> None:
     """End link 1 with -9 after its first save, and link 2 in good order after its own."""
     for number, how in ((1, signal.SIGKILL), (2, signal.SIGTERM)):
         chain.wait(lambda number=number: [k for k in chain.links() if k.number == number])
         chain.wait(lambda number=number: chain.links()[number - 1].last("saved"))
         os.kill(chain.rank_of(number), how)
+    let_go(chain.run)
     chain.completed()
 
 
@@ -53,6 +77,7 @@ def test_fsdp_on_two_nodes_ends_with_the_bytes_of_the_uncut_run(
     uncut = at(tmp_path / "uncut")
     uncut.submit(*FSDP)
     assert uncut.ends() == ["completed"], uncut.story()
+    standing(chain.folder)
     chain.submit(*FSDP, detach=True)
     cut_twice(chain)
     assert chain.ends() == ["killed", "deadline", "completed"], chain.story()
@@ -61,6 +86,7 @@ def test_fsdp_on_two_nodes_ends_with_the_bytes_of_the_uncut_run(
 
 
 def test_links_of_other_numbers_of_ranks_lose_and_repeat_no_sample(chain: Chain) -> None:
+    standing(chain.folder)
     chain.submit(*FSDP, "--nodes=1-2", detach=True)
     cut_twice(chain)
     assert chain.ends() == ["killed", "deadline", "completed"], chain.story()

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_huggingface_chain import LAUNCHERS, SMALL, TRAINERS, left_in, uncut, without_the_line
+from test_huggingface_chain import (
+    LAUNCHERS,
+    SMALL,
+    TRAINERS,
+    left_in,
+    standing,
+    uncut,
+    without_the_line,
+)
 from test_slurm_command import Chain, chain
 
 __all__ = ["chain"]
@@ -22,11 +30,10 @@ def test_a_trainer_ends_with_the_bytes_of_the_uncut_run_on_slurm(
     chain: Chain, tmp_path: Path, launcher: str
 ) -> None:
     expected = uncut(tmp_path, *LAUNCHERS[launcher])
-    (chain.folder / "main.py").write_text(without_the_line())
-    pause, steps = ("0.3", (12, 17)) if launcher == "python" else ("0.6", (7, 8))
+    steps = (12, 17) if launcher == "python" else (7, 8)
+    (chain.folder / "main.py").write_text(standing(without_the_line(), *steps))
     options = ("--time=00:05:00", "--mem=1800", "--set=chain.lead_s=40", "--hf")
-    command = (*LAUNCHERS[launcher], "main.py", *SMALL, f"--pause={pause}")
-    chain.submit(*options, "--", *command)
+    chain.submit(*options, "--", *LAUNCHERS[launcher], "main.py", *SMALL)
     for number, sent in ((1, "KILL"), (2, "TERM")):
         last = f"step {steps[number - 1]}\n"
         chain.wait(lambda number=number, last=last: last in chain.printed(number))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from oracle import differing, fingerprint
 from slurm_cluster import SlurmCluster
-from test_many_ranks import FSDP, assert_nothing_lost_or_repeated, copied
+from test_many_ranks import FSDP, assert_nothing_lost_or_repeated, copied, let_go, standing
 from test_many_ranks import at as locally
 from test_slurm_command import Chain
 
@@ -40,9 +40,11 @@ def test_fsdp_on_two_nodes_ends_with_the_bytes_of_the_uncut_run_on_slurm(
 ) -> None:
     uncut = locally(tmp_path / "uncut")
     uncut.submit(*FSDP)
+    standing(chain.folder)
     chain.submit(*JOBS)
     cut(chain, 1, "KILL")
     cut(chain, 2, "TERM")
+    let_go(chain.run)
     chain.finished()
     assert chain.ends() == ["killed", "deadline", "completed"], chain.story()
     assert not differing(fingerprint(uncut.run), fingerprint(chain.run))
@@ -71,6 +73,7 @@ def drain(chain: Chain, *nodes: str) -> None:
 def test_links_train_on_as_many_nodes_as_are_free(chain: Chain) -> None:
     _, other, *rest = chain.cluster.nodes
     drain(chain, *rest)
+    standing(chain.folder)
     chain.submit(*JOBS, "--nodes=1-2")
     chain.wait(lambda: [k for k in chain.links() if k.last("saved")])
     drain(chain, other)
@@ -78,6 +81,7 @@ def test_links_train_on_as_many_nodes_as_are_free(chain: Chain) -> None:
     chain.wait(lambda: [k for k in chain.links() if k.number == 2])
     chain.cluster.node_resume(other)
     cut(chain, 2, "TERM")
+    let_go(chain.run)
     chain.finished()
     assert chain.ends() == ["killed", "deadline", "completed"], chain.story()
     assert [link.claim["num_nodes"] for link in chain.links()] == [2, 1, 2], chain.story()

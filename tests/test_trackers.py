@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hanging import standing, stands
 from made_run import add_link, make_run, training
-from oracle import ENVIRON, Chain, assert_equivalent, hpcresume, project, train_uncut
+from oracle import ENVIRON, Chain, assert_equivalent, hpcresume, merged, project, train_uncut
 
 from hpcresume import files
 from hpcresume.config import from_mapping, read_frozen, to_mapping
@@ -259,23 +260,16 @@ def test_event_files_of_a_chain_that_was_killed_hold_each_step_once_in_order(
     """Killed, with the process that tells, behind the last checkpoint: so steps are replayed."""
     uncut = train_uncut(tmp_path / "uncut")
     changes = {
-        "args": {"pause_s": 0.03},
         "chain": LENIENT,
-        "checkpoint": {"steps": 30},
+        "checkpoint": {"steps": 12},
         "log": {"every_steps": 5, "trackers": ["tensorboard"]},
     }
-    chain = Chain(tmp_path / "it's a project", **changes)
-
-    def beyond_a_save(links: list[Any]) -> Any:
-        saved = max((r["step"] for link in links for r in link.all("saved")), default=None)
-        logged = [line["step"] for line in files.read_lines(chain.run.link(1).metrics)]
-        return links[-1] if saved and logged[-1] > saved else None
-
-    link = chain.wait_for(beyond_a_save)
+    folder = tmp_path / "it's a project"
+    chain = Chain(folder, **merged(standing(folder), changes))
+    link = chain.wait_for(lambda links: stands(chain.run) and links[-1])
     _, (rank,) = chain.pids(link)
-    # It stands still until all that it has logged is told, and never goes on.
-    os.kill(rank, signal.SIGSTOP)
     logged = [line["step"] for line in files.read_lines(chain.run.link(1).metrics)]
+    assert logged[-1] > link.last("saved")["step"] == 12
     chain.wait_for(lambda _: Memory(chain.run, "tensorboard").told == logged[-1])
     beside = Path(f"/proc/{rank}/task/{rank}/children").read_text().split()
     assert beside, "nobody tells the tracker"
