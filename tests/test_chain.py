@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_run import add_link, end_link, make_run, training
 from slurm_cluster import wait_until
@@ -38,7 +38,13 @@ from hpcresume.scheduler.job import JobInfo, JobState
 from hpcresume.story import read_story
 from hpcresume.training.heartbeat import Heartbeat
 
-quick = settings(database=None, deadline=None, max_examples=150)
+quick = settings(
+    database=None,
+    deadline=None,
+    max_examples=150,
+    # By the clock, and so by what else the machine does.
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 #: Budgets that stand in no row's way.
 AMPLE = Budgets(no_progress_links=10_000, max_crashes=10_000)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpcresume.training import hyperparameters, machine
@@ -52,7 +52,7 @@ def test_same_global_batch_on_other_ranks_goes_on_at_the_same_sample(
     assert "not one is lost or repeated" in verdict.said[0]
 
 
-@settings(database=None, deadline=None)
+@settings(database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(*[st.integers(1, 6) for _ in range(5)])
 def test_elastic_place_is_the_same_sample_in_every_shape(
     ranks: int, share: int, before: int, after: int, steps: int

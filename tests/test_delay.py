@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from made_run import add_link, make_run
+from oracle import ENVIRON
 
 from hpcresume.journal import Journal
 from hpcresume.link import Surroundings, supervise
@@ -58,7 +58,7 @@ def slept(run: RunDir, *, stop_after: float) -> float:
         return _Gone()
 
     around = Surroundings(sleep=sleep, monotonic=lambda: clock, start=start, chance=lambda: 0.0)
-    supervise(run, {**os.environ}, around)
+    supervise(run, ENVIRON, around)
     return waited
 
 

@@ -186,8 +186,8 @@ def test_a_rank_that_leaves_says_so_and_may_take_its_time(tmp_path: Path) -> Non
     heart = Heartbeat(tmp_path / BEAT, fixed_s=0.2)
     heart.step(9)
     heart.close()
-    sign = told(tmp_path / BEAT)
-    assert (sign["kind"], sign["step"], sign["limit_s"]) == ("leaving", 9, UNKNOWN_S)
+    sign = wait_told(tmp_path / BEAT, kind="leaving")
+    assert (sign["step"], sign["limit_s"]) == (9, UNKNOWN_S)
 
 
 def test_without_a_file_nothing_is_told_and_no_thread_runs(tmp_path: Path) -> None:

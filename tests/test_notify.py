@@ -59,6 +59,12 @@ class _Handler(BaseHTTPRequestHandler):
         """Quiet."""
 
 
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A webhook of this machine is reached directly, where others are reached by a proxy."""
+    monkeypatch.setenv("no_proxy", "*")
+
+
 @pytest.fixture
 def hook() -> Iterator[Hook]:
     with Hook() as server:
@@ -132,7 +138,7 @@ def test_a_link_tells_and_ends_as_it_would_whether_somebody_listens_or_not(
     done = subprocess.run(
         [sys.executable, "-m", "hpcresume", *argv, "--", "true"],
         cwd=tmp_path,
-        env=ENVIRON,
+        env={**ENVIRON, "no_proxy": "*"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
