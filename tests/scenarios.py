@@ -119,9 +119,11 @@ class Scene(Chain):
         """SIGKILL to the ranks of a link."""
         _, *started = self.processes(link)
         for pid in started:
-            # srun stays: it sees them end.
-            if Path(f"/proc/{pid}/comm").read_text().strip() != "srun":
-                os.kill(pid, signal.SIGKILL)
+            # What a rank was about to start is gone by now, maybe.
+            with contextlib.suppress(OSError):
+                # srun stays: it sees them end.
+                if Path(f"/proc/{pid}/comm").read_text().strip() != "srun":
+                    os.kill(pid, signal.SIGKILL)
 
     def processes(self, link: LinkRecords) -> list[int]:
         """The supervisor of a link, its srun and its ranks."""

@@ -36,6 +36,8 @@ SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 FIRST_PORT = 20000
 PORTS_EACH = 10
 NODES = 4
+#: What names begin with that Slurm's programs look for in their environment.
+_CLIENTS = ("SLURM", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_", "SRUN_")
 
 
 class SlurmClusterError(RuntimeError):
@@ -50,6 +52,11 @@ def missing() -> str | None:
     if os.geteuid() != 0:
         return "a Slurm cluster that runs jobs of several users needs root: run as root"
     return None
+
+
+def outside(environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment as it is outside of any job, and without wishes of the user's."""
+    return {name: value for name, value in environ.items() if not name.startswith(_CLIENTS)}
 
 
 def wait_until(what: str, ready: Callable[[], object], timeout: float) -> None:
@@ -166,7 +173,7 @@ class SlurmCluster:
 
         It runs in the current directory, or as user in their home and with a fresh environment.
         """
-        env = {**os.environ, **self.env}
+        env = {**outside(os.environ), **self.env}
         cwd = uid = gid = groups = None
         if user is not None:
             account = pwd.getpwnam(user)
@@ -360,7 +367,7 @@ class SlurmCluster:
         # Small files, no waiting for the disk: the database lives as long as the tests.
         engine = ("--innodb-log-file-size=8M", "--innodb-flush-log-at-trx-commit=0")
         self._start_daemon("install", "mariadb-install-db", *options, *engine, "--skip-test-db")
-        if self._daemons["install"].wait(timeout=60):
+        if self._daemons["install"].wait(timeout=120):
             raise SlurmClusterError(f"mariadb-install-db failed; {self._log_end('install')}")
         grant = self._write(
             "grant.sql",
@@ -412,7 +419,7 @@ class SlurmCluster:
                 start_new_session=True,
             )
 
-    def _wait_for(self, daemon: str, ready: Callable[[], object], timeout: float = 30) -> None:
+    def _wait_for(self, daemon: str, ready: Callable[[], object], timeout: float = 90) -> None:
         """Wait until a daemon is ready; if it dies or takes too long, quote its log."""
         process = self._daemons[daemon]
         try:
@@ -488,7 +495,7 @@ def _account(name: str) -> pwd.struct_passwd:
             return False
         return True
 
-    wait_until(f"useradd {name}", exists, 10)
+    wait_until(f"useradd {name}", exists, 60)
     return pwd.getpwnam(name)
 
 

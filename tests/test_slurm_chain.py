@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hanging import hanging
+from hanging import hanging, standing, stands
 from oracle import (
     ENVIRON,
     assert_equivalent,
@@ -36,19 +36,19 @@ from slurm_cluster import SlurmCluster
 from hpcresume.config import parse_moment
 from hpcresume.journal import LinkRecords, read_chain
 from hpcresume.run_dir import RunDir
+from hpcresume.scheduler.driver_file import driver_alive
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(300)]
 REPOSITORY = Path(__file__).parents[1]
 #: Each link trains for some seconds: 60 s of limit less this lead time.
-LEAD_S = 50
+LEAD_S = 48
 SHORT = {
-    "args": {"pause_s": 0.2},
+    # More than two links have time for.
+    "args": {"pause_s": 0.25},
     # A start that outlasts the few seconds of a link, on a busy machine, is not to end the chain.
     "chain": {"lead_s": LEAD_S, "no_progress_links": 10},
     "scheduler": {"time": "00:01:00", "cluster": "slurm"},
 }
-
-QUICKER = {"args": {"pause_s": 0.06}}
 
 
 class Chain:
@@ -88,6 +88,11 @@ class Chain:
             return None
 
         return self.wait(look)
+
+    def stands(self) -> LinkRecords:
+        """The link whose training stands still; see `standing`."""
+        found: LinkRecords = self.wait(lambda links: stands(self.run) and links[-1])
+        return found
 
     def completed(self, timeout: float = 200) -> None:
         self.wait(lambda links: any(link.last("completed") for link in links), timeout)
@@ -198,7 +203,7 @@ def check_quickstart(chain: Chain, expected: dict[str, Any]) -> None:
 
 
 def wait_for_row(cluster: SlurmCluster, job: str, state: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         rows = cluster.sacct(job)
         if rows and rows[0]["State"].startswith(state):
@@ -271,9 +276,12 @@ def kill_rank(chain: Chain, link: LinkRecords) -> None:
     found = subprocess.run(
         ["pgrep", "-f", re.escape(pattern)], capture_output=True, text=True, check=False
     )
-    pids = [int(pid) for pid in found.stdout.split()]
-    # srun carries the same words in its own command line.
-    ranks = [p for p in pids if "srun" not in Path(f"/proc/{p}/comm").read_text()]
+    ranks = []
+    for pid in map(int, found.stdout.split()):
+        # What a rank is about to start has its words for a moment, and srun has them always.
+        with contextlib.suppress(OSError):
+            if "srun" not in Path(f"/proc/{pid}/comm").read_text():
+                ranks.append(pid)
     assert ranks
     os.kill(ranks[0], signal.SIGKILL)
 
@@ -293,8 +301,9 @@ def test_a_chain_goes_on_by_itself_and_ends_with_the_same_bytes_after(
     uncut: dict[str, Any],
     cut: Callable[[Chain, LinkRecords], None],
 ) -> None:
-    chain = new_chain(cluster, folder, chain={"lead_s": 30}, **QUICKER).submit()
-    cut(chain, chain.started(step=18))
+    changes = merged(standing(folder), {"chain": {"lead_s": 5}, "args": {"pause_s": 0}})
+    chain = new_chain(cluster, folder, **changes).submit()
+    cut(chain, chain.stands())
     chain.completed()
     links = read_chain(chain.run)
     assert len(links) >= 2, chain.story()
@@ -304,13 +313,11 @@ def test_a_chain_goes_on_by_itself_and_ends_with_the_same_bytes_after(
 def test_a_link_that_dies_before_its_first_line_is_survived_by_the_spare_one(
     cluster: SlurmCluster, folder: Path, uncut: dict[str, Any], tmp_path: Path
 ) -> None:
-    broken = tmp_path / "broken"
-    setup = [f"rm '{broken}' 2>/dev/null && exit 3", "true"]
+    jobs = tmp_path / "jobs"
+    # The second job that starts has no link.
+    setup = [f"echo >>'{jobs}'", f"[ $(wc -l <'{jobs}') = 2 ] && exit 3", "true"]
     chain = new_chain(cluster, folder, scheduler={"setup": setup}).submit()
-    chain.started()
-    broken.touch()
     chain.completed()
-    assert not broken.exists()
     links = read_chain(chain.run)
     first, second = links[0].claim["job"], links[1].claim["job"]
     assert int(second) == int(first) + 2, "the job between them died before it could claim"
@@ -337,8 +344,9 @@ def test_two_ranks_on_two_nodes_give_the_same_bytes_after_a_cut(
     whole = new_chain(cluster, folder / "whole", chain={"lead_s": 0}, **nodes)
     whole.run = RunDir(folder / "whole" / "runs" / "whole")
     whole.submit("--name=whole", "--set=args.pause_s=0")
-    cut = new_chain(cluster, folder / "cut", chain={"lead_s": 44}, **nodes).submit()
-    kill_rank(cut, cut.started(step=18))
+    changes = merged(standing(folder / "cut"), {"chain": {"lead_s": 44}, **nodes})
+    cut = new_chain(cluster, folder / "cut", **changes).submit()
+    kill_rank(cut, cut.stands())
     whole.completed()
     cut.completed()
     assert len(read_chain(whole.run)) == 1
@@ -364,12 +372,14 @@ def test_scancel_of_the_running_link_ends_the_chain_and_status_says_who(
 def test_scancel_of_the_successor_alone_ends_the_chain_after_this_link(
     cluster: SlurmCluster, folder: Path
 ) -> None:
-    chain = new_chain(cluster, folder).submit()
+    # More steps than the link has time for, and time enough to be looked at.
+    changes = {"args": {"pause_s": 0.35}, "chain": {"lead_s": 30}}
+    chain = new_chain(cluster, folder, **changes).submit()
     chain.started(step=9)
     waiting = chain.status()["queued"]
     assert len(waiting) == 2
     cluster.run("scancel", waiting[0])
-    reason = chain.ended()["reason"]
+    reason = chain.ended(120)["reason"]
     assert waiting[0] in reason
     assert "cancelled by root" in reason
     links = read_chain(chain.run)
@@ -398,7 +408,8 @@ def test_hpcresume_cancel_ends_the_chain_and_resume_goes_on_with_it(
 def test_cancel_with_save_leaves_the_running_job_its_time_and_the_waiting_ones_go(
     cluster: SlurmCluster, folder: Path
 ) -> None:
-    chain = new_chain(cluster, folder, chain={"lead_s": 5}, checkpoint={"steps": 1000}).submit()
+    changes = {"args": {"pause_s": 0.5}, "chain": {"lead_s": 5}, "checkpoint": {"steps": 1000}}
+    chain = new_chain(cluster, folder, **changes).submit()
     job = str(chain.started().claim["job"])
     chain.wait(lambda links: len(chain.status()["queued"]) == 2)
     done = chain.command("cancel", "run", "--yes", "--save")
@@ -465,6 +476,7 @@ def test_sbatch_of_a_users_script_chains_with_the_options_of_the_command_line(
     jobs = [str(link.claim["job"]) for link in read_chain(chain.run)]
     assert len(jobs) >= 3, chain.story()
     for job in jobs:
+        wait_for_row(cluster, job, "COMPLETED")
         row = cluster.sacct(job, "Partition", "TimelimitRaw", "ReqMem")[0]
         assert (row["Partition"], row["TimelimitRaw"]) == ("high", "1"), row
         assert row["ReqMem"].startswith("1000M"), row
@@ -530,6 +542,10 @@ def test_a_link_whose_limit_slurm_has_shortened_saves_in_time(
     assert_equivalent(chain.run, uncut)
 
 
+#: A link that lasts until its test has ended.
+LONGER = {"args": {"pause_s": 1}, "chain": {"lead_s": 5}, "scheduler": {"time": None}}
+
+
 def sbatch_own(chain: Chain, *options: str) -> None:
     """Begin a chain by a script of the user's own, and wait until two more of its jobs wait."""
     text = (REPOSITORY / "slurm" / "train.sbatch").read_text()
@@ -551,7 +567,7 @@ def told_of(cluster: SlurmCluster, state: str, form: str) -> list[str]:
 def test_a_users_script_whose_limit_was_shortened_asks_for_all_of_it_again(
     cluster: SlurmCluster, folder: Path
 ) -> None:
-    chain = new_chain(cluster, folder, chain={"lead_s": 5}, scheduler={"time": None})
+    chain = new_chain(cluster, folder, **LONGER)
     sbatch_own(chain, "--time=00:30:00", "--time-min=1")
     given = json.loads(chain.run.script_options.read_text())
     assert {"--time=00:30:00", "--time-min=00:01:00"} <= set(given)
@@ -560,7 +576,7 @@ def test_a_users_script_whose_limit_was_shortened_asks_for_all_of_it_again(
 
 
 def test_the_jobs_of_a_users_script_share_one_deadline(cluster: SlurmCluster, folder: Path) -> None:
-    chain = new_chain(cluster, folder, chain={"lead_s": 5}, scheduler={"time": None})
+    chain = new_chain(cluster, folder, **LONGER)
     sbatch_own(chain, "--time=00:01:00", "--deadline=now+1day")
     (first,) = told_of(cluster, "RUNNING", "--Format=Deadline:30")
     assert told_of(cluster, "PENDING", "--Format=Deadline:30") == [first] * 2
@@ -603,7 +619,7 @@ def test_a_dry_run_asks_slurm_when_the_first_job_would_start(
     cluster.run("sbatch", "--mem=100", *blocking)
     chain.wait(lambda _: cluster.queue()[0]["state"] == "RUNNING")
     done = chain.command("submit", "--dry-run")
-    assert re.match(r"Slurm would start the first job in (60|59) min, at ", done.stderr)
+    assert re.match(r"Slurm would start the first job in (60|5\d) min, at ", done.stderr)
     assert not cluster.queue()[1:]
     assert not chain.run.path.exists()
 
@@ -661,6 +677,7 @@ def test_a_driver_on_the_login_node_chains_jobs_that_may_not_submit(
     assert "way        drive: chain.mode is drive" in done.stdout, done.stdout + done.stderr
     assert "hpcresume drive run" in done.stdout
     with driving(chain) as first:
+        chain.wait(lambda _: driver_alive(chain.run))
         chain.started()
         second = chain.command("drive", "run")
     assert second.returncode == 9, "two at once"
@@ -681,7 +698,8 @@ def test_a_driver_on_the_login_node_chains_jobs_that_may_not_submit(
 def test_a_driver_that_is_interrupted_leaves_the_job_and_says_so(
     cluster: SlurmCluster, folder: Path
 ) -> None:
-    chain = new_chain(cluster, folder, chain={"mode": "drive", "lead_s": 5}).submit()
+    changes = {"args": {"pause_s": 0.5}, "chain": {"mode": "drive", "lead_s": 5}}
+    chain = new_chain(cluster, folder, **changes).submit()
     chain.started()
     with driving(chain) as driver:
         assert driver.stdout is not None

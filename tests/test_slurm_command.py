@@ -91,8 +91,8 @@ def chain(slurm: SlurmCluster, tmp_path: Path) -> Iterator[Chain]:
 
 def test_a_script_that_counts_is_chained_over_three_jobs_one_of_them_killed(chain: Chain) -> None:
     shutil.copy(EXAMPLES / "count.sh", chain.folder)
-    argv = ("--set=chain.lead_s=50", "--checkpoints=count.txt", "--", "bash", "count.sh", "150")
-    chain.submit(*argv, PAUSE="0.1")
+    argv = ("--set=chain.lead_s=44", "--checkpoints=count.txt", "--", "bash", "count.sh", "150")
+    chain.submit(*argv, PAUSE="0.15")
     chain.wait(lambda: "step 12\n" in chain.printed(1))
     chain.cluster.run("scancel", "--signal=KILL", chain.step(1))
     chain.finished()
@@ -181,4 +181,4 @@ def test_nothing_of_a_command_outlives_the_supervisor_of_its_job(chain: Chain) -
     assert len(chain.links()) == 2, chain.story()
     pids = [int(pid) for pid in (chain.folder / "pids").read_text().split()]
     assert len(pids) == 4
-    chain.wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 20)
+    chain.wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 60)

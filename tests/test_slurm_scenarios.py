@@ -403,7 +403,8 @@ def test_the_same_exception_twice_ends_the_chain_and_why_shows_it(scene: Scene) 
 def test_an_exception_that_does_not_come_again_costs_one_link(scene: Scene) -> None:
     scene.begin(args={"fault": "fail"})
     links = scene.ends_like_the_uncut_run(links=2)
-    assert links[1].last("restored")["step"] == SAVED
+    # Of a step that was long enough the boundary behind it is saved when the next one fails.
+    assert links[1].last("restored")["step"] in (SAVED, AT - 1)
     assert scene.causes() == ["user code", "completed"]
 
 
@@ -460,7 +461,7 @@ def preempted(scene: Scene, partition: str) -> float:
 
 
 #: In seconds. Slurm holds a job that it requeues for two minutes.
-AT_ONCE_S = 60
+AT_ONCE_S = 110
 
 
 @side_by_side()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from oracle import hpcresume, project
-from slurm_cluster import SlurmCluster, wait_until
+from slurm_cluster import SlurmCluster, outside, wait_until
 
 from hpcresume.config import SchedulerConfig
 from hpcresume.errors import SubmissionRejected
@@ -26,10 +26,10 @@ from hpcresume.scheduler.launcher import SubmititLauncher
 from hpcresume.scheduler.script import render
 from hpcresume.scheduler.slurm import SlurmScheduler
 
-PATIENCE_S = 30.0
+PATIENCE_S = 90.0
 
 #: A job that does not end by SIGTERM, so that it is COMPLETING for KillWait seconds.
-DEAF = "trap '' TERM; sleep 60 & wait; wait"
+DEAF = "trap '' TERM; touch deaf; sleep 60 & wait; wait"
 
 #: The supervisor of a link in miniature: starts the ranks, does as told, notes how they ended.
 SUPERVISOR = """
@@ -88,7 +88,7 @@ def _empty_queue(slurm: SlurmCluster) -> Iterator[None]:
 
 
 def environ(slurm: SlurmCluster) -> dict[str, str]:
-    return {**os.environ, **slurm.env}
+    return {**outside(os.environ), **slurm.env}
 
 
 def scheduler(
@@ -254,9 +254,10 @@ def test_a_waiting_or_unlimited_job_has_no_end(slurm: SlurmCluster) -> None:
 
 def test_who_cancelled_a_job_is_told_while_it_is_still_completing(slurm: SlurmCluster) -> None:
     one = scheduler(slurm)
+    deaf = slurm.home / "deaf"
+    deaf.unlink(missing_ok=True)
     id = batch(slurm, DEAF, user=slurm.user)
-    wait_state(one, id, JobState.RUNNING)
-    time.sleep(0.5)  # Until the shell has set its trap.
+    wait_until("the shell's trap", deaf.exists, PATIENCE_S)
     slurm.run("scancel", id, user=slurm.user)
     job = wait_state(one, id, JobState.CANCELLED)
     assert job.cancelled_by == slurm.user
@@ -305,8 +306,15 @@ def test_pending_and_running_jobs_are_cancelled_together(slurm: SlurmCluster) ->
     waiting = batch(slurm, "sleep 60", f"--dependency=afterany:{running}")
     one.cancel([running, waiting, "999999"])
     ends = one.state([running, waiting])
+    assert {job.state for job in ends.values()} <= {JobState.CANCELLED, JobState.COMPLETING}
+
+    def by_whom() -> set[str]:
+        ends.update(one.state([running, waiting]))
+        return {job.cancelled_by for job in ends.values()}
+
+    # The accounting hears of it a moment after the controller.
+    wait_until("who has cancelled them", lambda: by_whom() == {"root"}, PATIENCE_S)
     assert {job.state for job in ends.values()} == {JobState.CANCELLED}
-    assert {job.cancelled_by for job in ends.values()} == {"root"}
     assert ends[waiting].nodes == ""
     one.cancel([running, waiting])
 
@@ -338,7 +346,14 @@ def test_a_requeued_job_waits_again_and_its_first_life_is_recorded(slurm: SlurmC
     wait_state(one, id, JobState.RUNNING)
     one.update(id, requeue=True)
     wait_state(one, id, JobState.PENDING)
-    assert one.lives(id)[0].state is JobState.REQUEUED
+    lives: list[JobInfo] = []
+
+    def recorded() -> bool:
+        lives[:] = one.lives(id)
+        return bool(lives) and lives[0].state.ended
+
+    wait_until("the record of its first life", recorded, PATIENCE_S)
+    assert lives[0].state is JobState.REQUEUED
     one.update(id, requeue=True)
     assert one.state([id])[id].state is JobState.PENDING
 
@@ -485,8 +500,9 @@ def test_ranks_run_on_both_nodes_with_the_cpus_that_were_asked_for(
         assert log.startswith(f"{place} 1 ")
     assert {log.split()[-1] for log in logs} <= set(slurm.nodes)
     assert logs[0].split()[-1] != logs[1].split()[-1]
-    rows = slurm.sacct(_only_job(run), "JobName", "AllocCPUS", "NTasks")
-    assert {"JobName": "hpcresume", "AllocCPUS": "4", "NTasks": "2"} in rows
+    ranks = {"JobName": "hpcresume", "AllocCPUS": "4", "NTasks": "2"}
+    job = _only_job(run)
+    wait_until("the ranks' record", lambda: ranks in slurm.sacct(job, *ranks), PATIENCE_S)
 
 
 def _only_job(run: RunDir) -> str:
