@@ -429,11 +429,19 @@ def killed_link(path: Path, call: Call, later: int) -> None:
         link(RunDir(path), stop_at=8)
 
 
-def listening_link(path: Path, report: Path) -> None:
-    """A link that notes signals as a rank does; reports afterwards how many came."""
+def listening_link(path: Path, report: Path, awaited: Sequence[signal.Signals]) -> None:
+    """A link that notes signals as a rank does; reports afterwards how many came.
+
+    Beyond step 40 it goes only when ten of each have come.
+    """
     torch.set_num_threads(1)
     with listen() as flags:
-        ended = link(RunDir(path), flags=flags)
+
+        def stand(session: hpcresume.Session) -> None:
+            while session.global_step == 40 and min(map(flags.count, awaited)) < 10:
+                time.sleep(0.001)
+
+        ended = link(RunDir(path), partial(ordinary, each=stand), flags=flags)
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
         files.write_json(report, {"how": ended.how, **{n.name: flags.count(n) for n in numbers}})
 
@@ -445,7 +453,7 @@ def storm(run: RunDir, *numbers: signal.Signals, from_step: int) -> dict[str, An
     """
     report = run.path.with_name(f"storm {run.newest_link()}.json")
     training = run.link(run.newest_link() + 1).training
-    child = CHILDREN.Process(target=listening_link, args=(run.path, report))
+    child = CHILDREN.Process(target=listening_link, args=(run.path, report, numbers))
     child.start()
     assert child.pid is not None
     deadline = time.monotonic() + 60

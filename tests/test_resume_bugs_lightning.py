@@ -313,7 +313,8 @@ def test_logged_steps_go_up_by_one_even_after_a_crash(tmp_path: Path) -> None:
 
     def crash(session: hpcresume.Session) -> None:
         if session.global_step == 11:
-            raise RuntimeError("the node is gone")
+            # Of an exception the boundary behind a long step would be saved.
+            raise SystemExit("the node is gone")
 
     assert link(run, partial(ordinary, each=crash)).how == "failed"
     assert (steps_kept(run)[-1], log_lines(run)[-1]["step"]) == (8, 11)
@@ -454,7 +455,8 @@ def test_every_signal_in_every_state_leaves_exactly_one_successor(tmp_path: Path
     chain = Chain(
         folder,
         train="quick.py:train",
-        max_steps=60,
+        # More than are trained while it is hit.
+        max_steps=240,
         chain={"no_progress_links": 9, "max_crashes": 0, "lead_s": 1.0},
         scheduler={"grace_s": 30},
         checkpoint={"steps": 1, "keep_last": 2},
@@ -490,7 +492,7 @@ def wait_for_state(chain: Chain, number: int, state: str) -> LinkRecords:
 
     found: LinkRecords = chain.wait_for(look)
     pattern = f"{glob.escape(str(chain.run.path))}/.checkpoint-*.{number:04d}.*.partial"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while state == "saving" and not glob.glob(pattern):
         assert time.monotonic() < deadline, f"link {number} is never {state}"
         time.sleep(0.001)
