@@ -1000,8 +1000,8 @@ def test_the_clients_answers_are_gathered(programs: Programs) -> None:
 
 def test_a_client_that_hangs_is_given_up(programs: Programs) -> None:
     programs.program("scontrol", "exec sleep 60")
-    facts = questions.ask_slurm(programs.environ, timeout_s=0.5)
-    assert facts.complaints["config"] == Complaint(words="no answer in 0.5 s", silent=True)
+    facts = questions.ask_slurm(programs.environ, timeout_s=3)
+    assert facts.complaints["config"] == Complaint(words="no answer in 3 s", silent=True)
     assert facts.associations, "the other clients were asked all the same"
     finding = found(judge_slurm(facts, WISHES), "controller")
     assert finding is not None and finding.grade == "warning"
@@ -1106,6 +1106,8 @@ class cuda:
 @pytest.fixture
 def place(tmp_path: Path, programs: Programs) -> Path:
     """A folder to call the command in."""
+    if disk.ask_files(tmp_path, ENVIRON).file_system in ("tmpfs", "ramfs"):
+        pytest.skip("temporary files lie in memory, where runs may not: set TMPDIR=/var/tmp")
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "torch.py").write_text(QUICK_TORCH)
     path = os.pathsep.join(filter(None, (str(tmp_path / "torch"), ENVIRON.get("PYTHONPATH"))))
@@ -1212,7 +1214,7 @@ def test_a_controller_that_hangs_is_one_warning_and_no_probe(
     script = (
         "import sys; from hpcresume.scheduler.doctor import questions; from hpcresume.cli import "
         "main; ask = questions.ask_slurm; "
-        "questions.ask_slurm = lambda environ: ask(environ, timeout_s=0.5); main(sys.argv[1:])"
+        "questions.ask_slurm = lambda environ: ask(environ, timeout_s=3); main(sys.argv[1:])"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, "doctor", "--json", "--probe"],
@@ -1225,7 +1227,7 @@ def test_a_controller_that_hangs_is_one_warning_and_no_probe(
     assert done.returncode == 0, done.stderr
     findings = told(done)
     assert findings["controller"]["grade"] == "warning"
-    assert "no answer in 0.5 s" in findings["controller"]["what"]
+    assert "no answer in 3 s" in findings["controller"]["what"]
     assert "not tried" in findings["probe"]["what"]
     assert list(place.iterdir()) == []
 
@@ -1385,7 +1387,7 @@ def probed(slurm: SlurmCluster, root: Path, *, wait_s: float = 60.0, **config: A
         SchedulerConfig(**config),
         {**os.environ, **slurm.env},
     )
-    wait_until("the probe job to be gone", lambda: nothing_left(slurm, root), 20)
+    wait_until("the probe job to be gone", lambda: nothing_left(slurm, root), 60)
     return facts
 
 
@@ -1502,7 +1504,7 @@ def test_a_probe_that_is_interrupted_takes_its_job_back(
         rest = process.stderr.read()
     assert process.returncode == 130
     assert "Traceback" not in rest
-    wait_until("the probe job to be gone", lambda: nothing_left(slurm, tmp_path), 20)
+    wait_until("the probe job to be gone", lambda: nothing_left(slurm, tmp_path), 60)
 
 
 def test_limits_of_a_real_account_are_found(slurm: SlurmCluster) -> None:
