@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import re
 import signal
+import struct
+import subprocess
 import sys
+import termios
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +24,35 @@ from oracle import ENVIRON
 CONTROL = re.compile(rb"\x1b(?!\[[0-9;]*m)|\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1a]")
 COLOUR = re.compile(rb"\x1b\[[0-9;]*[3-4][0-7][0-9;]*m")
 
+#: What of our own environment says how a terminal is written to.
+_OF_TERMINALS = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "LC_ALL")
+_INHERITED = {name: value for name, value in ENVIRON.items() if name not in _OF_TERMINALS}
+
+
+def in_terminal(*argv: str, cwd: Path, width: int = 80, **environ: str) -> str:
+    """All that a command of hpcresume writes to a terminal of that width; it must succeed."""
+    own, its = os.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    with (
+        os.fdopen(own, "rb", buffering=0) as terminal,
+        subprocess.Popen(
+            [sys.executable, "-m", "hpcresume", *argv],
+            cwd=cwd,
+            env={**_INHERITED, "TERM": "xterm", **environ},
+            stdin=subprocess.DEVNULL,
+            stdout=its,
+            stderr=its,
+        ) as process,
+    ):
+        os.close(its)
+        written = b""
+        # The end of what is written to a terminal is an error for who reads it.
+        with contextlib.suppress(OSError):
+            while piece := terminal.read(1 << 16):
+                written += piece
+    assert process.returncode == 0, written
+    return written.decode().replace("\r\n", "\n")
+
 
 class Terminal:
     """Runs a program of ours; `screen` is what somebody would see."""
@@ -28,13 +63,11 @@ class Terminal:
         self._screen = pyte.Screen(width, height)
         self._stream = pyte.ByteStream(self._screen)
         self.raw = b""
-        dropped = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "LC_ALL")
-        inherited = {name: value for name, value in ENVIRON.items() if name not in dropped}
         self._child = pexpect.spawn(
             sys.executable,
             list(argv),
             cwd=str(cwd),
-            env={**inherited, "TERM": "xterm-256color", "LANG": "C.UTF-8", **environ},
+            env={**_INHERITED, "TERM": "xterm-256color", "LANG": "C.UTF-8", **environ},
             dimensions=(height, width),
             timeout=None,
         )

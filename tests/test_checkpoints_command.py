@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pty
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import termios
@@ -21,6 +19,7 @@ from pathlib import Path
 import pytest
 from made_run import FakeSlurm, Said, add_link, complete, make_run, queue_job, readable
 from oracle import ENVIRON
+from terminal import in_terminal
 
 from hpcresume import files
 from hpcresume.checkpoint import disk
@@ -129,7 +128,7 @@ def test_the_list_has_a_row_for_each_checkpoint_and_says_what_the_run_will_need(
     assert lines[4].endswith("  10.0 kB  pinned")
     assert lines[5].endswith("  10.0 kB  may go")
     assert lines[8].endswith("  10.0 kB")
-    assert re.fullmatch(r"7 checkpoints hold 70\.0 kB; [0-9.]+ [MG]B are free\.", lines[9])
+    assert re.fullmatch(r"7 checkpoints hold 70\.0 kB; [0-9.]+ [MGTP]B are free\.", lines[9])
 
 
 def test_what_a_run_will_need_is_what_its_policy_may_hold_at_a_time(runs: Path, said: Said) -> None:
@@ -266,7 +265,7 @@ def test_verify_reads_every_checkpoint_and_changes_nothing(run: RunDir, said: Sa
     before = everything(run)
     code, out, _ = said("--verify")
     assert code == 0
-    assert re.findall(r"^checkpoint-(\d+)  verified  10\.0 kB in \d\.\d s$", out, re.M) == [
+    assert re.findall(r"^checkpoint-(\d+)  verified  10\.0 kB in \d+\.\d s$", out, re.M) == [
         str(step) for step in range(100, 800, 100)
     ]
     assert out.endswith("7 checkpoints are as written, to the last byte.\n")
@@ -582,35 +581,9 @@ def test_the_first_line_is_there_before_slurm_has_answered(runs: Path, tmp_path:
     assert rest == "Nothing may go: 1 stays (keep_last 5).\n"
 
 
-def in_terminal(run: RunDir, *argv: str, width: int, **environ: str) -> str:
+def shown(run: RunDir, *argv: str, width: int, **environ: str) -> str:
     """What the command writes to a terminal of that width."""
-    own, its = pty.openpty()
-    # Where the size is not said otherwise, the terminal is asked.
-    env = {name: value for name, value in ENVIRON.items() if name not in ("COLUMNS", "LINES")}
-    ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-    with subprocess.Popen(
-        [sys.executable, "-m", "hpcresume", "checkpoints", *argv],
-        cwd=run.path.parent.parent,
-        env={**env, "TERM": "xterm", **environ},
-        stdin=subprocess.DEVNULL,
-        stdout=its,
-        stderr=its,
-    ) as process:
-        os.close(its)
-        written = b""
-        while True:
-            readable(own, 60)
-            try:
-                piece = os.read(own, 1 << 16)
-            except OSError:
-                # The other end of a terminal is closed with an error.
-                break
-            if not piece:
-                break
-            written += piece
-        process.wait(timeout=60)
-    os.close(own)
-    return written.decode().replace("\r\n", "\n")
+    return in_terminal("checkpoints", *argv, cwd=run.path.parent.parent, width=width, **environ)
 
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -628,20 +601,20 @@ def test_a_narrow_terminal_gets_fewer_columns_and_no_line_too_long(
     run: RunDir, width: int, head: str
 ) -> None:
     run.checkpoint(900).mkdir()
-    lines = ESCAPES.sub("", in_terminal(run, width=width)).splitlines()
+    lines = ESCAPES.sub("", shown(run, width=width)).splitlines()
     assert lines[1].split() == head.split()
     assert max(len(line) for line in lines[1:]) <= min(width, 100)
 
 
 def test_without_colours_there_is_no_escape_sequence(run: RunDir) -> None:
-    assert "\x1b" in in_terminal(run, width=80)
-    assert "\x1b" not in in_terminal(run, width=80, NO_COLOR="1")
+    assert "\x1b" in shown(run, width=80)
+    assert "\x1b" not in shown(run, width=80, NO_COLOR="1")
 
 
 def test_a_terminal_sees_a_bar_while_checkpoints_are_read_and_lines_afterwards(
     run: RunDir,
 ) -> None:
-    out = in_terminal(run, "--verify", width=80)
+    out = shown(run, "--verify", width=80)
     assert "━" in out
     # The bar's line is wiped before the verdict is written there.
     assert "\x1b[1A\x1b[2K7 checkpoints are as written, to the last byte." in out

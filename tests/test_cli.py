@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import shlex
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from made_run import (
     training,
 )
 from oracle import ENVIRON
+from terminal import in_terminal
 
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.job import JobState
@@ -79,26 +78,6 @@ def child(
     )
 
 
-def in_terminal(*argv: str, cwd: Path, **environ: str) -> str:
-    """What a command writes to a terminal."""
-    own, its = pty.openpty()
-    try:
-        subprocess.run(
-            [sys.executable, "-m", "hpcresume", *argv],
-            cwd=cwd,
-            env={**ENVIRON, "TERM": "xterm", **environ},
-            stdin=subprocess.DEVNULL,
-            stdout=its,
-            stderr=its,
-            timeout=60,
-            check=True,
-        )
-        return os.read(own, 1 << 16).decode()
-    finally:
-        os.close(own)
-        os.close(its)
-
-
 # ---- fast ----------------------------------------------------------------------------------
 
 
@@ -122,18 +101,13 @@ def test_a_command_of_a_login_node_does_without_torch(runs: Path, argv: list[str
     assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "False"), done.stderr
 
 
-def slow_cluster(tmp_path: Path, run: RunDir, seconds: int) -> FakeSlurm:
-    """A squeue that takes its time; when it has answered, there is a file `answered`."""
-    slurm = FakeSlurm(tmp_path / "slurm")
-    row = f"4711|RUNNING|None|gpu017|1|4000000000|hpcresume:{run.identify()['id']}:1"
-    slurm.program("squeue", f"sleep {seconds}; touch '{tmp_path}/answered'; echo '{row}'")
-    return slurm
-
-
 def test_status_says_something_before_a_slow_squeue_has_answered(
     runs: Path, tmp_path: Path
 ) -> None:
-    slurm = slow_cluster(tmp_path, make_run(runs, cluster="slurm"), 5)
+    run, slurm = make_run(runs, cluster="slurm"), FakeSlurm(tmp_path / "slurm")
+    fifo = tmp_path / "answer"
+    os.mkfifo(fifo)
+    slurm.program("squeue", f"cat '{fifo}'")
     with subprocess.Popen(
         [sys.executable, "-m", "hpcresume", "status"],
         cwd=runs.parent,
@@ -142,10 +116,11 @@ def test_status_says_something_before_a_slow_squeue_has_answered(
         text=True,
     ) as asked:
         assert asked.stdout is not None
-        first = asked.stdout.readline()
-        too_late = (tmp_path / "answered").exists()
+        # squeue answers only after this line was read: it cannot have waited for it.
+        assert asked.stdout.readline() == f"{runs}\n"
+        token = f"hpcresume:{run.identify()['id']}:1"
+        fifo.write_text(f"4711|RUNNING|None|gpu017|1|4000000000|{token}\n")
         rest = asked.stdout.read()
-    assert (first, too_late) == (f"{runs}\n", False)
     # And the answer counts, when it comes.
     assert "running" in rest
     assert "4711 (gpu017)" in rest
@@ -363,19 +338,19 @@ def test_logs_of_a_foreground_link_say_where_its_lines_are(runs: Path, said: Sai
 
 
 def test_following_prints_each_line_once_and_goes_into_the_next_link(
-    two_links: RunDir, said: Said
+    two_links: RunDir, said: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def go_on() -> None:
-        time.sleep(0.2)
+    def write_on() -> None:
         with two_links.link(2).rank_log(0).open("a") as log:
             log.write("a later line\n")
-        time.sleep(0.7)
+
+    def end() -> None:
         end_link(add_link(two_links, job="3"), "stop", "cancelled", "enough")
 
-    thread = threading.Thread(target=go_on)
-    thread.start()
+    # One after the other, between its looks.
+    events = iter((write_on, end))
+    monkeypatch.setattr(time, "sleep", lambda _seconds: next(events)())
     _, out, _ = said("logs", "--follow", "-n", "1")
-    thread.join()
     assert out.splitlines() == [
         "line 2 of link 2",
         "a later line",

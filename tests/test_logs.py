@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import threading
 import time
 from pathlib import Path
 
@@ -164,22 +163,24 @@ def test_a_line_of_last_december_is_older_than_one_of_this_january(run: RunDir) 
     assert [line[-3:] for line in lines] == ["new"]
 
 
-def test_following_filters_too_and_waits_for_whole_lines(run: RunDir, said: Said) -> None:
-    def go_on() -> None:
-        time.sleep(0.2)
+def test_following_filters_too_and_waits_for_whole_lines(
+    run: RunDir, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_on() -> None:
         with run.link(2).rank_log(0).open("a") as log:
             log.write("loader\nnothing else\n")
-        time.sleep(0.7)
+
+    def end() -> None:
         third = add_link(run, job="3")
         third.rank_log(0).write_text("the loader is done")
         end_link(third, "stop", "cancelled", "enough")
 
     with run.link(2).rank_log(0).open("a") as log:
         log.write("loss 1.8 of the ")
-    thread = threading.Thread(target=go_on)
-    thread.start()
+    # One after the other, between its looks.
+    events = iter((write_on, end))
+    monkeypatch.setattr(time, "sleep", lambda _seconds: next(events)())
     found = shown(said, "-f", "-n", "0", "--grep", "loader")
-    thread.join()
     assert found == [
         "loss 1.8 of the loader",
         "── link 3 · job 3 · gpu017 ──",

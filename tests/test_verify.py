@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from oracle import ENVIRON, TRAINING, hpcresume
 from safetensors.numpy import save_file
+from terminal import Terminal
 
 from hpcresume.config import from_mapping
 from hpcresume.run_dir import RunDir
@@ -231,18 +232,14 @@ def test_the_comparing_process_does_without_torch() -> None:
     assert done.stdout == "False\n"
 
 
-def test_long_lines_are_broken_between_words_on_a_terminal() -> None:
+def test_long_lines_are_broken_between_words_on_a_terminal(tmp_path: Path) -> None:
     text = (
         "from hpcresume.cli.verify import _fitting; "
         "print(_fitting('  hint: never registered: ema (AveragedModel). Register it.'))"
     )
-    ours, theirs = os.openpty()
-    environ = {**ENVIRON, "COLUMNS": "40"}
-    subprocess.run([sys.executable, "-c", text], env=environ, stdout=theirs, check=True)
-    os.close(theirs)
-    shown = os.read(ours, 1000).decode().splitlines()
-    os.close(ours)
-    assert shown == [
+    with Terminal(["-c", text], tmp_path, width=40) as terminal:
+        assert terminal.end() == 0
+    assert terminal.screen.splitlines() == [
         "  hint: never registered: ema",
         "      (AveragedModel). Register it.",
     ]
