@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -72,6 +71,9 @@ class Served:
 
 @contextlib.contextmanager
 def served(runs: Path, *argv: str, state: Path) -> Iterator[Served]:
+    """A server at the port that it takes by itself: a free one that was looked for before may be
+    taken by the time it starts.
+    """
     environ = {**ENVIRON, "XDG_STATE_HOME": str(state), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "hpcresume", "web", str(runs), *argv]
     with subprocess.Popen(
@@ -91,9 +93,3 @@ def served(runs: Path, *argv: str, state: Path) -> Iterator[Served]:
         finally:
             process.terminate()
             process.wait(20)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from made_chain import MadeChain
 from oracle import Chain
-from page_server import Served, free_port, served
+from page_server import Served, served
 
 from hpcresume.cli import main
 
@@ -94,7 +94,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(runs: Path) -> Iterator[Served]:
-    with served(runs, "--port", str(free_port()), state=runs.parent) as found:
+    with served(runs, state=runs.parent) as found:
         yield found
 
 
@@ -106,7 +106,7 @@ def test_the_page_follows_a_chain_from_one_link_into_the_next(
         first = chain.wait_started(1)
         assert first is not None
         state = tmp_path / "state"
-        with served(tmp_path / "runs", "--port", str(free_port()), state=state) as server:
+        with served(tmp_path / "runs", state=state) as server:
             page = desktop.page
             page.goto(f"http://127.0.0.1:{server.port}/#{server.token}")
             page.get_by_role("link", name="run").click()
@@ -128,7 +128,7 @@ def test_the_page_follows_a_chain_from_one_link_into_the_next(
             page.get_by_role("log").get_by_text("link 2 · ").wait_for()
             page.locator("tbody tr", has_text="killed").first.wait_for()
             page.wait_for_function(
-                "document.querySelector('figure .plot').ariaLabel.match(/step (\\d+)/)[1] > 0"
+                "document.querySelector('figure .plot').ariaLabel.match(/step (\\d+)/)?.[1] > 0"
             )
             assert page.evaluate("window.same")
             assert desktop.complaints == []
@@ -178,7 +178,8 @@ def test_the_page_works_behind_a_proxy_below_a_path(desktop: Watched, server: Se
         assert desktop.context.cookies()[0]["path"] == "/rnode/gpu017/8123"
         page.get_by_role("link", name="hpcresume").click()
         page.get_by_role("heading", name="Runs").wait_for()
-    assert desktop.complaints == []
+        # Before the proxy leaves, of which the page would complain.
+        assert desktop.complaints == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
