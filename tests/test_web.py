@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -207,6 +208,18 @@ def test_nothing_is_looked_at_while_nobody_watches() -> None:
 
     before, after = asyncio.run(watch_and_leave())
     assert before == after
+
+
+def test_who_comes_when_the_last_one_has_just_left_sees_what_changes() -> None:
+    async def leave_and_come() -> list[dict[str, int] | None]:
+        looks = itertools.count()
+        watched = Watched(lambda: {"looks": next(looks)})
+        before, after = watched.views(9), watched.views(9)
+        await anext(before)
+        await before.aclose()  # type: ignore[attr-defined]
+        return [await anext(after), await anext(after)]
+
+    assert asyncio.run(leave_and_come()) == [{"looks": 0}, {"looks": 1}]
 
 
 #: Text and what it stands on.

@@ -58,8 +58,10 @@ class Watched:
                     yield None
         finally:
             self._viewers -= 1
-            if not self._viewers:
+            if not self._viewers and self._task is not None:
+                # Who comes before it has ended must not take it for one that still looks.
                 self._task.cancel()
+                self._task = None
 
     def end(self) -> None:
         """Send everybody home."""
