@@ -164,25 +164,36 @@ def test_the_share_of_waiting_counts_from_one_look_to_the_next(tmp_path: Path) -
 class Slow(torch.utils.data.Dataset[Any]):
     """Data that take far longer than the steps."""
 
+    def __init__(self) -> None:
+        self.took_s = 0.0
+
     def __len__(self) -> int:
         return 4 * PER_EPOCH
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        began = time.monotonic()
         time.sleep(0.05)
+        self.took_s += time.monotonic() - began
         return torch.ones(4)
 
 
-def waiting(session: hpcresume.Session) -> None:
-    session.register(model=nn.Linear(4, 1))
-    for _ in session.steps(session.loader(Slow(), batch_size=4)):
-        session.log(loss=1.0)
-
-
 def test_a_training_that_waits_for_its_data_is_seen_to(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", max_steps=3)
+    data, told = Slow(), list[tuple[float, float]]()
+
+    def waiting(session: hpcresume.Session) -> None:
+        session.register(model=nn.Linear(4, 1))
+        began = time.monotonic()
+        for _ in session.steps(session.loader(data, batch_size=4)):
+            told.append((data.took_s, time.monotonic() - began))
+            session.log(loss=1.0)
+
+    run = make_run(tmp_path / "run", max_steps=2)
     assert link(run, waiting).how == "completed"
+    # The first step has waited so long, and was over when the second one's data were there.
+    (waited_s, _), (_, over_s) = told
     (seen, *_) = files.read_lines(run.link(1).monitor)
-    assert seen["data_wait"] > 0.5
+    assert seen["step"] == 1
+    assert waited_s / over_s - 1e-4 <= seen["data_wait"] <= 1
 
 
 def test_what_is_published_holds_the_newest_look_in_front_of_the_progress(tmp_path: Path) -> None:

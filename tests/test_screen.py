@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcresume.display.bars import progress_lines
@@ -97,6 +97,7 @@ TEXTS = st.sampled_from(["", "x", "a\nb", "━" * 200])
 numbers = st.one_of(st.none(), st.integers(-3, 10**12), st.floats(allow_nan=True))
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.sampled_from(sorted(NOW.to_json())), st.one_of(numbers, TEXTS)),
     st.integers(20, 160),
