@@ -332,7 +332,12 @@ def test_a_rank_that_fails_while_it_writes_its_parts_tells_the_others_at_once(
     ended = ranks(2, Link(run.path, None, Sharded((2,))), trouble=Trouble(4, False))
     assert [(end.how, "no number" in end.why) for end in ended[1]] == [("failed", True)]
     assert steps_kept(run) == [2]
-    refused = [r for r in files.read_lines(run.link(1).training) if r["kind"] == "save_failed"]
+    # Whether rank 0 comes to say why there is no emergency save either, is a matter of luck.
+    refused = [
+        record
+        for record in files.read_lines(run.link(1).training)
+        if record["kind"] == "save_failed" and not record["reason"].startswith("emergency: ")
+    ]
     assert [record["step"] for record in refused] == [4]
     assert "rank 1 could not write its share" in refused[0]["reason"]
 
