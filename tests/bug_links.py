@@ -395,7 +395,7 @@ def in_children(tasks: Sequence[tuple[Callable[..., None], Sequence[Any]]]) -> l
     children = [CHILDREN.Process(target=target, args=args) for target, args in tasks]
     for child in children:
         child.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while any(child.is_alive() for child in children) and time.monotonic() < deadline:
         if any((child.exitcode or 0) < 0 for child in children):
             # One was killed: the others may wait for it as long as they are let.

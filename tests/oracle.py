@@ -150,7 +150,7 @@ class Chain:
     def links(self) -> list[LinkRecords]:
         return read_chain(self.run)
 
-    def wait_for(self, what: Callable[[list[LinkRecords]], Any], timeout: float = 60) -> Any:
+    def wait_for(self, what: Callable[[list[LinkRecords]], Any], timeout: float = 150) -> Any:
         """Poll the journals until `what` finds something."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -171,9 +171,9 @@ class Chain:
         found = self.wait_for(look)
         return None if found == "completed" else found
 
-    def wait_completed(self, timeout: float = 90) -> None:
+    def wait_completed(self, timeout: float = 150) -> None:
         self.wait_for(lambda links: any(k.last("completed") for k in links), timeout)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while self.run.driver.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not self.run.driver.exists(), "the driver did not leave"

@@ -195,7 +195,6 @@ def walk(name: str, epoch: int, start: int, state: Any) -> Iterator[tuple[int, i
         epoch, start, state = epoch + 1, 0, None
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("name", FEEDS)
 def test_it_goes_on_after_any_batch_in_a_new_process_s_feed(name: str) -> None:
     uncut = list(walk(name, 0, 0, None))
@@ -205,7 +204,6 @@ def test_it_goes_on_after_any_batch_in_a_new_process_s_feed(name: str) -> None:
         assert [batch for *_, batch, _ in resumed] == [batch for *_, batch, _ in uncut[number:]]
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("name", FEEDS)
 def test_it_draws_nothing_from_the_global_generators(name: str) -> None:
     before = random.getstate(), torch.get_rng_state().tolist()

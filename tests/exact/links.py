@@ -265,6 +265,8 @@ def _meeting_place(run: RunDir) -> Path:
 def _meeting(place: Path, rank: int, ranks: int) -> Iterator[None]:
     """The process group of a link. It meets by a file: a free port may be taken the next moment."""
     if ranks > 1:
+        # Whatever this machine calls itself, and whether that leads anywhere.
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         # A whole run is over before ranks would exchange their first wish.
         distributed.EXCHANGE_S = 0.0
         store = dist.FileStore(str(place), ranks)

@@ -19,12 +19,8 @@ from oracle import assert_equivalent, differing, fingerprint
 
 from hpcresume.journal import read_chain
 
-#: torch advises against more data workers than cores; here they are to be many, not fast.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
-    # What torch's own compiler imports.
-    pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning"),
-]
+#: What torch's own compiler imports.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
 SHARED = pytest.mark.xdist_group("exact-ranks")
 PAIRWISE = pairwise()
 CHAINS = [(cell, SCHEDULES[number % len(SCHEDULES)]) for number, cell in enumerate(PAIRWISE)]
@@ -98,6 +94,8 @@ def test_chain_gives_the_bytes_of_the_uncut_run(
     assert_exact(tmp_path, cell, cuts, link)
 
 
+# Each link imports torch, and compiles: where other tests take the processors, for minutes.
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("cell", "cuts"), as_parameters(FRESH))
 def test_chain_of_fresh_processes_gives_the_bytes_of_the_uncut_run(
     tmp_path: Path, cell: Cell, cuts: tuple[Cut, ...]

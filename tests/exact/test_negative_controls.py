@@ -31,8 +31,6 @@ from hpcresume import files, session
 from hpcresume.journal import lineage, read_chain
 from hpcresume.run_dir import RunDir
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-
 #: In the middle of the first epoch with a save, and of the second with steps that are lost.
 CUTS = (after(5), Cut("crash", 11))
 CELLS = {
