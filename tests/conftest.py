@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import surroundings  # noqa: F401
 from made_run import Said
 from slurm_cluster import SlurmCluster, missing
 
