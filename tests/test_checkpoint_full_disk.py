@@ -77,6 +77,10 @@ class Refusing:
             self.refused = call
             if call.name in SYNCS:
                 self._unsynced = _file(call.path)
+                if self._unsynced:
+                    # Held for as long as this process lives: the number of a file that is gone is
+                    # given to another one, on most disks.
+                    os.open(call.path, os.O_RDONLY)
             raise OSError(self.error, os.strerror(self.error), call.path)
         if call.name in SYNCS and self._unsynced and _file(call.path) == self._unsynced:
             self.synced_again = True
