@@ -26,7 +26,7 @@ os.environ.setdefault("PYTHONPATH", str(ROOT))
 from made_chain import MadeChain  # noqa: E402
 from made_run import FakeSlurm, make_run  # noqa: E402
 from oracle import ENVIRON, hpcresume  # noqa: E402
-from page_server import free_port, served  # noqa: E402
+from page_server import served  # noqa: E402
 from terminal import Terminal  # noqa: E402
 
 from hpcresume.journal import Journal  # noqa: E402
@@ -309,7 +309,7 @@ def web(folder: Path) -> None:
 
     runs = folder / "runs"
     made_runs(runs)
-    with served(runs, "--port", str(free_port()), state=folder) as server, sync_playwright() as p:
+    with served(runs, state=folder) as server, sync_playwright() as p:
         browser = p.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
 
         def shot(
