@@ -133,6 +133,12 @@ def test_a_checkpoint_saved_anew_and_cut_off_does_not_pass_for_the_one_that_was_
             "model-00001-of-00002.safetensors is missing",
             id="index",
         ),
+        pytest.param(
+            lambda p: (p / "model.safetensors.index.json").write_text("[]"),
+            "names no weights",
+            id="foreign-index",
+        ),
+        pytest.param(lambda p: encrypt(p / "optimizer.pt"), "not written by", id="encrypted"),
     ],
 )
 def test_of_a_plain_checkpoint_the_formats_tell_whether_it_is_whole(
@@ -149,6 +155,17 @@ def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     at = data.index(torch.ones(4).numpy().tobytes())
     data[at] ^= 1
+    path.write_bytes(data)
+
+
+def encrypt(path: Path) -> None:
+    """Mark the members of an archive as encrypted."""
+    data = bytearray(path.read_bytes())
+    for head, at_flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = data.find(head)
+        while at >= 0:
+            data[at + at_flags] |= 1
+            at = data.find(head, at + 4)
     path.write_bytes(data)
 
 
@@ -170,7 +187,8 @@ def test_the_newest_by_number_that_is_whole_is_found_and_the_others_are_named(
         vouch(plain(tmp_path, step), step)
     spoil(tmp_path / "checkpoint-100", "shorter")
     (tmp_path / "checkpoint-200").mkdir()
-    (tmp_path / "checkpoint-best").mkdir()
+    for name in ("best", "\N{SUPERSCRIPT TWO}"):
+        (tmp_path / f"checkpoint-{name}").mkdir()
     found = newest(numbered(tmp_path))
     assert found.path == tmp_path / "checkpoint-10"
     assert found.voucher is not None

@@ -130,7 +130,7 @@ def numbered(folder: Path, prefix: str = "checkpoint-") -> list[Path]:
         names = [name for name in os.listdir(folder) if name.startswith(prefix)]
     except OSError:
         return []
-    steps = [(int(n[len(prefix) :]), n) for n in names if n[len(prefix) :].isdigit()]
+    steps = [(int(n[len(prefix) :]), n) for n in names if n[len(prefix) :].isdecimal()]
     found = (folder / name for _, name in sorted(steps, reverse=True))
     return [path for path in found if path.is_dir()]
 
@@ -223,12 +223,15 @@ def _incomplete(path: Path, found: Mapping[str, Path]) -> str | None:
     """What a folder lacks. Trainer writes its state last: where it stands, all of its files do."""
     for name, file in found.items():
         if name.endswith(_INDEX):
-            named = files.read_json(file).get("weight_map", {}).values()
-            missing = sorted({str(n) for n in named} - {Path(n).name for n in found})
+            index = files.read_json(file)
+            named = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(named, dict):
+                return f"{name} names no weights"
+            missing = sorted({str(n) for n in named.values()} - {Path(n).name for n in found})
             if missing:
                 return f"{missing[0]} is missing"
     prefix, _, number = path.name.rpartition("-")
-    if prefix != "checkpoint" or not number.isdigit():
+    if prefix != "checkpoint" or not number.isdecimal():
         return None
     if _STATE not in found:
         return f"{_STATE} is missing: its save was cut off"
@@ -272,6 +275,6 @@ def _malformed_archive(file: Path) -> str | None:
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError):
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError):
         return "is cut off, or was not written by torch.save"
     return None if damaged is None else f"is damaged: {damaged}"
