@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from fault_layer import Call, struck
 from made_run import make_run
 from oracle import ENVIRON
 from safetensors.torch import save_file
@@ -29,6 +30,7 @@ from hpcresume.adapters.vouched import NAME, newest, numbered, read_voucher, vou
 from hpcresume.config import ProgressConfig, from_mapping
 from hpcresume.errors import CheckpointError
 from hpcresume.journal import LinkRecords, known_step, read_chain, read_metrics
+from hpcresume.observe.metrics import MetricTail
 from hpcresume.run_dir import LinkDir, RunDir
 from hpcresume.successors import lead_s
 from hpcresume.training.clock import MARGIN_S
@@ -339,10 +341,62 @@ def test_metrics_of_a_step_are_one_line_and_follow_the_checkpoint_that_is_restor
     # As the command's parent records it.
     record = Heard(run.link(2).guest).look()[0]
     files.LineWriter(run.link(2).training).append({**record, "kind": "restored"})
+    second.metrics(2, 0.1, {"loss": 20.0})
     second.metrics(3, 0.1, {"loss": 30.0})
     second.completed(3, "x")
     lines = [(r["step"], r["loss"], r.get("eval_loss")) for r in read_metrics(run)]
     assert lines == [(1, 1.0, 0.5), (2, 2.0, 0.5), (3, 30.0, None)]
+
+
+def test_a_step_or_an_epoch_that_a_script_logs_is_not_taken_for_the_trainings(
+    link: LinkDir, guest: Guest
+) -> None:
+    for step in (10, 20):
+        guest.metrics(step, 1.0, {"loss": 0.5, "step": 1.0, "epoch": 0.25})
+    guest.completed(20, "x")
+    lines = [*files.read_lines(link.metrics)]
+    assert lines == [{"step": s, "epoch": 1, "loss": 0.5} for s in (10, 20)]
+
+
+def test_the_metrics_before_a_checkpoint_are_on_the_disk_when_it_is_vouched_for(
+    link: LinkDir, guest: Guest, tmp_path: Path
+) -> None:
+    path = plain(tmp_path / "out", 2)
+    guest.metrics(2, 0.1, {"loss": 1.0})
+    calls: list[Call] = []
+    with struck(tmp_path, calls.append):
+        guest.saved(2, path, 0.1)
+    synced = [call.path for call in calls if call.name == "fsync"]
+    assert synced.index(str(link.metrics)) < synced.index(str(path / "config.json"))
+    written = [call.name for call in calls if call.path == str(link.metrics)]
+    assert written.index("write") < written.index("fsync")
+
+
+def test_metrics_of_the_links_before_are_there_while_a_guest_still_starts(
+    link: LinkDir, guest: Guest, tmp_path: Path
+) -> None:
+    run = guest.run
+    assert run is not None
+    sight = Sight(ProgressConfig(), tmp_path)
+    first = Notes(run, link, sight, tmp_path, job="1")
+    guest.began(0, newest([]), looked_in=tmp_path)
+    guest.metrics(1, 0.1, {"loss": 1.0})
+    guest.saved(1, plain(tmp_path / "out", 1), 0.1)
+    first.hear()
+    second = run.claim_link({"job": "2"})
+    notes = Notes(run, second, sight, tmp_path, job="2")
+    notes.started()
+    tail = MetricTail(run)
+    assert [line["step"] for line in tail.look()] == [1]
+    assert notes.known == known_step(read_chain(run)) == 1
+    found = newest(numbered(tmp_path / "out"))
+    following = guest_of(second)
+    following.began(1, found, looked_in=tmp_path)
+    following.metrics(2, 0.1, {"loss": 0.5})
+    following.completed(2, "x")
+    notes.hear()
+    assert [line["step"] for line in tail.look()] == [2]
+    assert [line["step"] for line in MetricTail(run).look()] == [1, 2]
 
 
 def test_after_a_second_restore_in_a_link_what_was_known_before_it_counts_no_more(

@@ -151,6 +151,9 @@ class Guest:
         about = found.voucher.about if found.voucher and self.owns(found.voucher) else {}
         with contextlib.suppress(ValueError, TypeError):
             self._lineage = Lineage(segments_from_json(about.get("lineage", [])))
+        if self._lineage.segments:
+            # What is told of this step again stands in the log of the link that has saved it.
+            self._written_step = step
         self._tell(
             "began",
             step=step,
@@ -177,11 +180,13 @@ class Guest:
             return
         if self._step and self._step["step"] != step:
             self._flush()
-        kept = {name: v for name, v in values.items() if type(v) in (int, float)}
+        # Some scripts log an "epoch" or a "step" of their own, as the axis of their logger.
+        own = ("step", "epoch")
+        kept = {n: v for n, v in values.items() if type(v) in (int, float) and n not in own}
         if kept:
             self._step = {"step": step, "epoch": int(epoch), **self._step, **kept}
 
-    def _flush(self) -> int:
+    def _flush(self, *, sync: bool = False) -> int:
         """Write the metrics that wait; the length of the log in bytes."""
         if self._metrics is None:
             return 0
@@ -190,7 +195,10 @@ class Guest:
                 self._written_step = int(self._step["step"])
                 line, self._step = self._step, {}
                 self._metrics.append(line)
-            return self._metrics.flush()
+            size = self._metrics.flush()
+            if sync:
+                self._metrics.sync()
+            return size
         except OSError as error:
             log.warning("the metrics wait in memory, their file cannot be written: %s", error)
             return self._metrics.size_bytes()
@@ -205,7 +213,8 @@ class Guest:
         began = time.monotonic()
         own: dict[str, Any] = {"run": self.run_id}
         if self.link is not None:
-            segments = self._lineage.extended(self.link.number, step, self._flush())
+            # What it follows on must be on the disk with it.
+            segments = self._lineage.extended(self.link.number, step, self._flush(sync=True))
             own["lineage"] = segments_to_json(segments)
         voucher = vouch(path, step, {**(about or {}), **own})
         seconds += time.monotonic() - began

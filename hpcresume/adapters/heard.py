@@ -48,9 +48,9 @@ class Heard:
             epoch = record.get("epoch")
             self.epoch = epoch if isinstance(epoch, (int, float)) else 0.0
         elif record["kind"] == "completed":
-            self.completed = str(record.get("judged")) or "the framework says so"
+            self.completed = str(record.get("judged") or "the framework says so")
         elif record["kind"] == "left":
-            self.left = str(record.get("reason")) or "it was asked to stop"
+            self.left = str(record.get("reason") or "it was asked to stop")
 
     def missing(self) -> str:
         """What is still to be done, as words; empty where nothing is."""

@@ -63,7 +63,10 @@ class Notes:
         self._started_at = time.monotonic()
         self._known_at_start = self.known
         self._told_state: dict[str, Any] = {}
-        self._note("restored", step=self.known, stamp=self._stamp, segments=[])
+        if not told:
+            # Else the guest says so itself. Until then readers follow the links before this one:
+            # a record without its segments would have them forget what these have logged.
+            self._note("restored", step=self.known, stamp=self._stamp, segments=[])
 
     def _logged_before(self) -> tuple[int, int] | None:
         """The first and the last step that the command printed when it ran before."""
