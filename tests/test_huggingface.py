@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 
 from hpcresume.adapters.folders import superseded
-from hpcresume.adapters.keyed import Place, make_keyed
+from hpcresume.adapters.keyed import Reading, make_keyed
 from hpcresume.adapters.notes import Notes
 from hpcresume.adapters.sight import Sight
 from hpcresume.adapters.vouched import NAME, numbered, vouch, why_not
@@ -275,17 +275,27 @@ def test_the_batches_of_an_epoch_are_the_same_whether_or_not_those_before_were_r
     sampler: Callable[[], Any],
 ) -> None:
     def read(*epochs: int) -> list[Any]:
-        place = Place()
+        reading = Reading()
         loader = DataLoader(Noisy(), batch_sampler=sampler())
-        assert make_keyed(loader, 3, place) is None
+        assert make_keyed(loader, 3, reading) is None
         seen = []
-        for place.epoch in epochs:
+        for reading.epoch in epochs:
             seen.append([batch["input_ids"].tolist() for batch in loader])
         return seen
 
     assert read(0, 1, 2)[2] == read(2)[0]
     first, second = read(0, 1)
     assert first != second
+
+
+@pytest.mark.parametrize("data", [Noisy(), Stream()], ids=["map", "stream"])
+def test_a_loader_that_is_kept_for_a_second_training_reads_as_in_the_first(data: Any) -> None:
+    loader = DataLoader(data, batch_size=4)
+    read = []
+    for _ in range(2):
+        assert make_keyed(loader, 3, Reading()) is None
+        read.append([batch["input_ids"].tolist() for batch in itertools.islice(loader, 3)])
+    assert read[0] == read[1]
 
 
 def test_the_metrics_of_all_links_are_those_of_the_uncut_training(

@@ -26,7 +26,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback, Trai
 from hpcresume import files
 from hpcresume.adapters.folders import choose, superseded
 from hpcresume.adapters.guest import Guest, Left
-from hpcresume.adapters.keyed import Place, make_keyed
+from hpcresume.adapters.keyed import Reading, make_keyed
 from hpcresume.adapters.vouched import Newest, numbered
 from hpcresume.errors import CheckpointError
 from hpcresume.scheduler.environment import RankPlace
@@ -117,7 +117,7 @@ class _Training:
             RankPlace(rank=args.process_index, world_size=args.world_size, local_rank=local_rank)
         )
         self._agreement = Agreement(self._ranks)
-        self._place = Place()
+        self._reading = Reading()
         self._first_epoch = True
         self._limit = args.save_total_limit
         self._found = Newest()
@@ -173,14 +173,14 @@ class _Training:
                 log.error("%s", told["error"])
             raise SystemExit(CheckpointError.exit_code)
         self._about, self._words = told["about"], told["words"]
-        self._place.over = told["over"]
+        self._reading.over = told["over"]
         path: str | None = told["path"]
         return path
 
     def _keyed(self, loader: Any) -> Any:
         """The trainer's loader, whose random numbers depend on nothing but the sample."""
         seed = self._args.data_seed if self._args.data_seed is not None else self._args.seed
-        wrong = make_keyed(loader, seed, self._place, rank=self._args.process_index)
+        wrong = make_keyed(loader, seed, self._reading, rank=self._args.process_index)
         if wrong is not None:
             self._warn(f"what the training data draw at random is another after a resume: {wrong}")
         collate = getattr(self._trainer.data_collator, "seed", None)
@@ -215,19 +215,19 @@ class _Training:
             _restore_callbacks(self._trainer, state)
             self._restore_sums()
         if state.global_step >= state.max_steps > 0:
-            self._place.over = True
+            self._reading.over = True
         wish = torch.tensor([int(self._guest.why_stop() is not None)])
         if self._ranks.world_size > 1:
             self._ranks.reduce_max_async(wish).wait()
-        if int(wish) and not self._place.over:
+        if int(wish) and not self._reading.over:
             self._leave(state)
 
     def begin_epoch(self, state: Any) -> None:
         """Its data are about to be read."""
         if self._first_epoch:
-            self._place.epoch = int(state.epoch or 0)
+            self._reading.epoch = int(state.epoch or 0)
         else:
-            self._place.epoch += 1
+            self._reading.epoch += 1
         self._first_epoch = False
 
     def end_step(self, state: Any, control: Any) -> None:
@@ -256,7 +256,7 @@ class _Training:
 
     def end_epoch(self, state: Any, control: Any) -> None:
         """The epoch's last step is done."""
-        if self._place.over:
+        if self._reading.over:
             # It was over before: nothing has happened, and nothing is to be told.
             control.should_log = control.should_evaluate = control.should_save = False
             control.should_training_stop = True

@@ -21,15 +21,15 @@ from hpcresume.training.noise import COLLATE, ORDER, KeyedCollate, KeyedDataset,
 
 
 @dataclass
-class Place:
-    """Where a training is, as whoever drives the loader says."""
+class Reading:
+    """What is read of a loader, as whoever drives it says."""
 
     epoch: int = 0
     over: bool = False
     """No batch is to be read any more."""
 
 
-def make_keyed(loader: Any, seed: int, place: Place, *, rank: int = 0) -> str | None:
+def make_keyed(loader: Any, seed: int, reading: Reading, *, rank: int = 0) -> str | None:
     """Key what a DataLoader reads, in place, before it is iterated; or say why that cannot be.
 
     `rank` tells streams of several ranks apart. A loader of accelerate's is keyed inside.
@@ -37,19 +37,24 @@ def make_keyed(loader: Any, seed: int, place: Place, *, rank: int = 0) -> str | 
     base = getattr(loader, "base_dataloader", loader)
     if not isinstance(base, DataLoader):
         return f"a {type(loader).__name__} is no DataLoader of torch"
+    for part in (base.dataset, base.batch_sampler):
+        if isinstance(part, (KeyedStream, KeyedBatches)):
+            # It was keyed for the training before: a user's `get_train_dataloader` may keep it.
+            part.reading = reading
+            return None
     if isinstance(base.dataset, IterableDataset):
         if base.batch_size is None:
             return "it reads a stream of whole batches (batch_size=None)"
         # Every rank of accelerate's shard reads all samples, and must find the same ones.
         shared = type(base.dataset).__name__ == "IterableDatasetShard"
         key = (seed, 0 if shared else rank)
-        stream = KeyedStream(base.dataset, key, place)
+        stream = KeyedStream(base.dataset, key, reading)
         _replace(base, "dataset", stream)
         base.collate_fn = _StreamCollate(base.collate_fn, stream)
         return None
     if base.batch_sampler is None:
         return "it reads single samples (batch_size=None)"
-    _replace(base, "batch_sampler", KeyedBatches(base.batch_sampler, seed, place))
+    _replace(base, "batch_sampler", KeyedBatches(base.batch_sampler, seed, reading))
     _replace(base, "dataset", _Keyed(base.dataset, seed))
     base.collate_fn = KeyedCollate(base.collate_fn)
     return None
@@ -63,17 +68,17 @@ def _replace(loader: DataLoader[Any], name: str, value: Any) -> None:
 class KeyedBatches:
     """The batches of a batch sampler, each index with its epoch, so that workers know it."""
 
-    def __init__(self, inner: Any, seed: int, place: Place) -> None:
+    def __init__(self, inner: Any, seed: int, reading: Reading) -> None:
         self._inner = inner
         self._seed = seed
-        self._place = place
+        self.reading = reading
 
     def __len__(self) -> int:
         return len(self._inner)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self._place.epoch
-        if self._place.over:
+        epoch = self.reading.epoch
+        if self.reading.over:
             return
         with kept():
             seed(self._seed, epoch, ORDER)
@@ -127,10 +132,10 @@ class KeyedStream(IterableDataset[Any]):
     again, and passed over.
     """
 
-    def __init__(self, inner: Any, key: Sequence[int], place: Place) -> None:
+    def __init__(self, inner: Any, key: Sequence[int], reading: Reading) -> None:
         self._inner = inner
         self._key = tuple(key)
-        self._place = place
+        self.reading = reading
         self._begun = 0
         self.key: tuple[int, ...] = self._key
         """Of the sample that was read last."""
@@ -141,9 +146,9 @@ class KeyedStream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         # A worker that outlives an epoch keeps the place that it was started with.
-        epoch = self._place.epoch + (self._begun if info is not None else 0)
+        epoch = self.reading.epoch + (self._begun if info is not None else 0)
         self._begun += 1
-        if self._place.over:
+        if self.reading.over:
             return
         key = (*self._key, epoch, 0 if info is None else info.id)
         with kept():
