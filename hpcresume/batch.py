@@ -6,19 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpcresume import files
-from hpcresume.checkpoint.origin import (
-    check_same,
-    find_origin,
-)
-from hpcresume.config import (
-    RunConfig,
-    difference,
-    read_frozen,
-)
-from hpcresume.errors import (
-    ConfigError,
-    RunLive,
-)
+from hpcresume.checkpoint.origin import check_same, find_origin
+from hpcresume.config import RunConfig, difference, read_frozen
+from hpcresume.errors import ConfigError, RunLive
 from hpcresume.resumption import ready_to_resume
 from hpcresume.run_dir import RunDir, is_run
 from hpcresume.scheduler import process

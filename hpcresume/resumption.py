@@ -10,19 +10,8 @@ from collections.abc import Mapping, Sequence
 from hpcresume import files
 from hpcresume.checkpoint.manifest import Committed
 from hpcresume.checkpoint.store import Store
-from hpcresume.config import (
-    RunConfig,
-    check_complete,
-    difference,
-    dump,
-    load,
-    read_frozen,
-)
-from hpcresume.errors import (
-    CheckpointError,
-    RunLive,
-    UsageError,
-)
+from hpcresume.config import RunConfig, check_complete, difference, dump, load, read_frozen
+from hpcresume.errors import CheckpointError, RunLive, UsageError
 from hpcresume.journal import Journal, known_step, lineage
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler.choice import asking_scheduler, chosen_cluster

@@ -12,12 +12,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from hpcresume.config import (
-    RunConfig,
-)
-from hpcresume.errors import (
-    ConfigError,
-)
+from hpcresume.config import RunConfig
+from hpcresume.errors import ConfigError
 from hpcresume.run_dir import RunDir
 from hpcresume.scheduler import process
 

@@ -17,12 +17,7 @@ from pathlib import Path
 
 from hpcresume import files
 from hpcresume.checkpoint.cadence import cadence_of, few_saves
-from hpcresume.checkpoint.origin import (
-    Origin,
-    Told,
-    check_end,
-    check_own_place,
-)
+from hpcresume.checkpoint.origin import Origin, Told, check_end, check_own_place
 from hpcresume.commands import check_command, name_of
 from hpcresume.config import (
     RunConfig,
