@@ -18,7 +18,7 @@ import pytest
 from made_run import add_link, make_run
 
 from hpcresume import files
-from hpcresume.errors import CheckpointError
+from hpcresume.errors import CheckpointError, ConfigError
 from hpcresume.run_dir import RunDir
 
 # What we use lies in Lightning; what it warns of here is its own, torch's and the platform's.
@@ -30,14 +30,17 @@ with warnings.catch_warnings():
     import torch
     import torchmetrics
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.io import TorchCheckpointIO
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO
+    from lightning.pytorch.utilities import CombinedLoader
     from torch import nn
     from torch.optim import lr_scheduler
     from torch.utils.data import DataLoader, IterableDataset
 
     from hpcresume.adapters.lightning import HpcResumeCallback, fits
     from hpcresume.adapters.resumable import ResumableBatches, Turn
-    from hpcresume.adapters.vouched import voucher_path, why_not
+    from hpcresume.adapters.vouched import read_voucher, vouch, voucher_path, why_not
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -406,6 +409,75 @@ def test_digests_go_with_the_checkpoint_that_model_checkpoint_removes(tmp_path: 
     assert len(list(place.iterdir())) == 2
 
 
+class AtTheBatch(ModelCheckpoint):
+    """Saves where Lightning's own never does: in mid-step."""
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 6:
+            trainer.save_checkpoint(Path(self.dirpath or "") / "step=6.ckpt")
+
+
+def test_what_a_callback_saves_within_a_step_is_not_taken_for_exact(tmp_path: Path) -> None:
+    uncut = through(Training(tmp_path / "uncut"))
+    place = tmp_path / "checkpoints"
+    training = Linked(
+        tmp_path,
+        every=4,
+        callbacks=lambda: [AtTheBatch(dirpath=place, save_top_k=0)],
+    )
+    assert training.link((8, CRASH)) is None
+    voucher = read_voucher(place / "step=6.ckpt")
+    assert voucher is not None
+    assert voucher.about["exact"] is False
+    result = training.result(training.link())
+    assert training.told("began")[-1]["step"] == 4
+    assert result == uncut
+
+
+class Elsewhere(TorchCheckpointIO):
+    """Writes to another place than it was told."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        super().save_checkpoint(checkpoint, f"{path}.elsewhere", storage_options)
+
+
+def test_training_goes_on_where_a_checkpoint_cannot_be_vouched_for(tmp_path: Path) -> None:
+    training = Linked(tmp_path, every=4)
+    assert training.link((5, STOP)) is None
+    first = checkpoints(training.run)
+    training.options["plugins"] = [Elsewhere()]
+    trainer = training.link()
+    assert trainer.global_step == 3 * PER_EPOCH
+    assert any("step-8.ckpt is not vouched for" in said for said in training.said)
+    assert checkpoints(training.run) == first, "what is verified stays until something newer is"
+
+
+def test_a_checkpoint_io_that_writes_behind_is_refused_by_name(tmp_path: Path) -> None:
+    training = Linked(tmp_path, plugins=[AsyncCheckpointIO()])
+    with pytest.raises(ConfigError, match="AsyncCheckpointIO still writes"):
+        training.link()
+
+
+def test_an_optimizer_without_a_learning_rate_is_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(model: Model) -> Any:
+        return Rateless(model.parameters(), {})
+
+    monkeypatch.setattr(Model, "configure_optimizers", without)
+    monkeypatch.setattr(Model, "on_train_epoch_end", lambda _: None)
+    training = Linked(tmp_path, max_epochs=1, log_every_n_steps=2)
+    assert training.link().global_step == PER_EPOCH
+    lines = [*files.read_lines(training.run.link(1).metrics)]
+    assert "loss_step" in lines[0]
+    assert "learning_rate" not in lines[0]
+
+
+class Rateless(torch.optim.Optimizer):
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return closure()
+
+
 def test_no_checkpoint_goes_because_of_damaged_ones_beyond_it(tmp_path: Path) -> None:
     training = Linked(tmp_path, every=2)
     assert training.link((14, CRASH)) is None
@@ -413,9 +485,8 @@ def test_no_checkpoint_goes_because_of_damaged_ones_beyond_it(tmp_path: Path) ->
         half(path)
     given = Linked(tmp_path / "given")
     given.link((5, STOP))
-    start = checkpoints(given.run)[-1]
-    shutil.copy(start, training.run.framework)
-    shutil.copy(voucher_path(start), training.run.framework)
+    start = shutil.copy(checkpoints(given.run)[-1], training.run.framework)
+    vouch(Path(start), 5, {"run": training.run.identify()["id"]})
     assert training.link((8, STOP)) is None
     names = [path.name for path in checkpoints(training.run)]
     assert names == ["step-6.ckpt", "step-8.ckpt", "step-10.ckpt", "step-12.ckpt"]
@@ -440,6 +511,15 @@ def test_a_place_of_ones_own_is_shared_by_runs_and_not_mixed_up(tmp_path: Path) 
         assert training.link((5, STOP)) is None
         assert training.told("began")[-1]["step"] == 0
         assert (tmp_path / "shared" / name / "step-5.ckpt").exists()
+
+
+def test_a_run_does_not_go_on_from_an_earlier_one_of_its_name(tmp_path: Path) -> None:
+    for folder in ("earlier", "later"):
+        training = Linked(tmp_path / folder, dirpath=tmp_path / "shared")
+        assert training.link((5, STOP)) is None
+        assert training.told("began")[-1]["path"] is None
+    assert training.link((9, STOP)) is None
+    assert training.told("began")[-1]["step"] == 5
 
 
 def test_an_exact_checkpoint_is_preferred_to_a_newer_one_of_a_hook(tmp_path: Path) -> None:
@@ -540,9 +620,19 @@ def test_a_script_that_trains_twice_goes_on_with_the_training_that_was_cut(tmp_p
     assert began == [("framework", 9), ("framework", 3 * PER_EPOCH), ("fit-2", 4)]
 
 
+def test_a_second_training_begins_afresh_beside_what_model_checkpoint_saved_of_the_first(
+    tmp_path: Path,
+) -> None:
+    training = Linked(tmp_path, callbacks=saving(dirpath=tmp_path / "checkpoints"))
+    training.link()
+    training.new_process = False
+    training.link()
+    assert [r["step"] for r in training.told("began")] == [0, 0]
+    assert len(training.told("completed")) == 2
+
+
 def test_a_strategy_that_spawns_processes_is_refused_by_name(tmp_path: Path) -> None:
     from hpcresume.adapters.lightning_inside import Inside
-    from hpcresume.errors import ConfigError
 
     trainer = lightning.Trainer(
         accelerator="cpu", strategy="ddp_spawn", devices=2, logger=False, enable_checkpointing=False
@@ -606,3 +696,34 @@ def test_a_loader_that_ends_before_the_epoch_begins_again_in_another_order() -> 
     assert first != second
     assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second))
     assert loader.batch_size == 2, "all else is the user's loader"
+
+
+def test_a_loader_that_ends_before_others_of_its_epoch_stays_at_its_end() -> None:
+    turn = Turn(0, 0)
+
+    def loaders() -> CombinedLoader:
+        kinds = (
+            ResumableBatches(
+                DataLoader(list(range(size)), batch_size=2, shuffle=True),
+                seed=3,
+                rank=0,
+                world_size=1,
+                turn=lambda: turn,
+                before=lambda: None,
+            )
+            for size in (4, 16)
+        )
+        return CombinedLoader([*kinds], mode="max_size")
+
+    def read(loader: CombinedLoader) -> list[Any]:
+        return [[b if b is None else b.tolist() for b in both] for both, *_ in loader]
+
+    whole = read(loaders())
+    assert [both[0] is None for both in whole] == [False] * 2 + [True] * 6
+    cut = iter(first := loaders())
+    for _ in range(5):
+        next(cut)
+    turn = Turn(0, 5)
+    resumed = loaders()
+    resumed._load_state_dicts(json.loads(json.dumps(first._state_dicts())))
+    assert read(resumed) == whole[5:]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcresume.adapters.guest import Guest, nothing_left
-from hpcresume.adapters.vouched import Newest, Voucher, newest, numbered, read_voucher, why_not
+from hpcresume.adapters.vouched import Newest, newest, numbered, voucher_or_none, why_not
 from hpcresume.errors import CheckpointError
 
 
@@ -19,7 +19,7 @@ def choose(guest: Guest, folder: Path, asked: Any) -> tuple[Newest, str]:
     was saved or asked for is not whole.
     """
     folders = numbered(folder)
-    own = [path for path in folders if guest.owns(_voucher(path))]
+    own = [path for path in folders if guest.owns(voucher_or_none(path))]
     known = guest.known_step(folder)
     if own or known:
         found = newest(own)
@@ -35,7 +35,7 @@ def choose(guest: Guest, folder: Path, asked: Any) -> tuple[Newest, str]:
             raise CheckpointError(
                 f"resume_from_checkpoint={path}: {wrong}. Name another one, or none."
             )
-        return Newest(path=path, voucher=_voucher(path)), ""
+        return Newest(path=path, voucher=voucher_or_none(path)), ""
     return newest(folders), ""
 
 
@@ -55,13 +55,6 @@ def superseded(
     order = [*ascending[at + 1 :], *ascending[:at]]
     excess = len(ascending) - max(limit, len(kept & {*ascending}))
     return [path for path in order if path not in kept][: max(0, excess)]
-
-
-def _voucher(path: Path) -> Voucher | None:
-    try:
-        return read_voucher(path)
-    except (ValueError, OSError):
-        return None
 
 
 def _with_strangers(found: Newest, folders: Sequence[Path], own: Sequence[Path]) -> Newest:

@@ -20,7 +20,7 @@ import torch
 import xxhash
 
 from hpcresume.adapters.guest import Guest, Left
-from hpcresume.adapters.lightning_files import is_local, look, number_of, saved_in
+from hpcresume.adapters.lightning_files import is_local, look, number_of, own
 from hpcresume.adapters.lightning_inside import Inside, is_fitting
 from hpcresume.adapters.lightning_log import Told
 from hpcresume.adapters.lightning_state import Restoring, capture
@@ -51,8 +51,9 @@ _KEEP = 2
 #: At the beginning of an epoch it saves when this part of `every_min` has passed.
 _AT_EPOCHS = 0.1
 #: Where a checkpoint was saved: between two steps, in a hook at the end of a batch or of an epoch,
-#: or at the end of it all.
+#: at the end of it all, or anywhere else.
 _BETWEEN, _BATCH, _EPOCH, _END = "between steps", "batch end", "epoch end", "end of training"
+_WITHIN = "within a step"
 
 
 class HpcResumeCallback(Callback):
@@ -81,7 +82,7 @@ class HpcResumeCallback(Callback):
     def _start_anew(self) -> None:
         self._began = False
         self._at: Turn | None = None
-        self._moment = _BETWEEN
+        self._moment = _WITHIN
         self._restoring: Restoring | None = None
         self._found: Newest | None = None
         self._stepped_at = -1
@@ -237,7 +238,7 @@ class HpcResumeCallback(Callback):
         turn = _turn(trainer)
         if not self._began or turn == self._at:
             return
-        first, self._at, self._moment = self._at is None, turn, _BETWEEN
+        first, self._at, self._moment = self._at is None, turn, _WITHIN
         if first:
             self._begin(trainer)
         step = trainer.global_step
@@ -259,7 +260,9 @@ class HpcResumeCallback(Callback):
         # What is counted, all ranks see alike.
         counted = self._every_n_steps is not None and step % self._every_n_steps == 0
         if (stop or save or counted) and step > self._saved_at:
+            self._moment = _BETWEEN
             self._save(trainer)
+            self._moment = _WITHIN
         if stop:
             self._agreement.settle()
             self._guest.leaves(step, reason or "another rank was asked to stop")
@@ -307,11 +310,6 @@ class HpcResumeCallback(Callback):
         self._saved_at = trainer.global_step
         self._saved_time = time.monotonic()
         self._wish = False
-        if self._ranks.rank == 0:
-            # What lies beyond was passed over when this training began: it counts as none.
-            saved = [p for p in saved_in(self._folder) if number_of(p) <= trainer.global_step]
-            for old in saved[_KEEP:]:
-                trainer.strategy.remove_checkpoint(old)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -329,9 +327,22 @@ class HpcResumeCallback(Callback):
         }
 
     def saved(self, trainer: Trainer, path: Path, seconds: float) -> None:
-        """The Trainer has saved: vouch for it, and tell."""
-        if self._ranks.rank == 0 and self._guest is not None and self._began:
-            self._guest.saved(trainer.global_step, path, seconds, {"exact": self._exact(trainer)})
+        """The Trainer has saved: vouch for it, and tell; then older ones of the callback's go."""
+        if self._ranks.rank or self._guest is None or not self._began:
+            return
+        # What a checkpoint follows on must be on the disk with it.
+        self._told.flush()
+        about = {"exact": self._exact(trainer), "place": self._folder.name}
+        try:
+            self._guest.saved(trainer.global_step, path, seconds, about)
+        except OSError as error:
+            log.warning("%s is not vouched for: %s", path, error)
+            return
+        if path.parent == self._folder:
+            # What lies beyond was passed over when this training began: it counts as none.
+            kept = [p for p in own(self._guest, path.parent) if number_of(p) <= number_of(path)]
+            for old in kept[_KEEP:]:
+                trainer.strategy.remove_checkpoint(old)
 
     def _exact(self, trainer: Trainer) -> bool:
         """Whether a checkpoint that is saved now leaves nothing of the step to be done."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcresume.adapters.guest import Guest, nothing_left
-from hpcresume.adapters.vouched import Newest, newest, read_voucher, voucher_path
+from hpcresume.adapters.vouched import Newest, newest, voucher_or_none, voucher_path
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -47,18 +47,24 @@ def look(guest: Guest, trainer: Trainer, folder: Path, given: Any) -> tuple[Newe
     return found, words
 
 
-def _candidates(guest: Guest, trainer: Trainer, own: Path) -> list[Path]:
-    """This run's files: those that continue exactly before all others, the newest first."""
-    found = [(True, number_of(path), path) for path in saved_in(own)]
-    for folder in _folders(trainer):
-        for path in saved_in(folder):
-            try:
-                voucher = read_voucher(path)
-            except ValueError:
-                continue
-            if voucher is not None and guest.owns(voucher):
-                found.append((bool(voucher.about.get("exact")), voucher.step, path))
+def _candidates(guest: Guest, trainer: Trainer, folder: Path) -> list[Path]:
+    """This training's files: those that continue exactly before all others, the newest first."""
+    found = [(True, number_of(path), path) for path in own(guest, folder)]
+    for path in (path for other in _folders(trainer) for path in saved_in(other)):
+        voucher = voucher_or_none(path)
+        # What a script has trained before in the same run lies in the same folders.
+        if voucher and guest.owns(voucher) and voucher.about.get("place") == folder.name:
+            found.append((bool(voucher.about.get("exact")), voucher.step, path))
     return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def own(guest: Guest, folder: Path) -> list[Path]:
+    """The checkpoints in the callback's own folder, the highest step first.
+
+    Without those of another run of the same name, which may lie in a `dirpath` that both have.
+    """
+    vouchers = ((path, voucher_or_none(path)) for path in saved_in(folder))
+    return [path for path, v in vouchers if v is None or v.about.get("run") == guest.run_id]
 
 
 def is_local(path: Any) -> bool:

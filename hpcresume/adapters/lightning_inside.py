@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from hpcresume.adapters.lightning_files import is_local
 from hpcresume.adapters.vouched import voucher_path
 from hpcresume.errors import ConfigError
 
@@ -48,6 +49,7 @@ class Inside:
         try:
             self._no_requeue()
             self._no_spawning()
+            self._no_writing_behind()
             self._wrap(trainer._checkpoint_connector, "resume_start", self._resuming(steers))
             self._wrap(trainer.strategy, "process_dataloader", self._loading(steers))
             self._wrap(trainer.strategy, "remove_checkpoint", self._removing)
@@ -82,6 +84,15 @@ class Inside:
                 "time: use strategy='ddp' instead of 'ddp_spawn' or 'ddp_notebook'."
             )
 
+    def _no_writing_behind(self) -> None:
+        """A file that a thread still writes can neither be vouched for nor be left behind."""
+        plugin = self.trainer.strategy.checkpoint_io
+        if any(kind.__name__ == "AsyncCheckpointIO" for kind in type(plugin).__mro__):
+            raise ConfigError(
+                "HpcResumeCallback: AsyncCheckpointIO still writes when a checkpoint is to be "
+                "verified: take it out of Trainer(plugins=...)."
+            )
+
     def _resuming(self, steers: Steers) -> Callable[[Any], Any]:
         def wrapped(resume_start: Any) -> Any:
             def with_choice(checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -109,7 +120,7 @@ class Inside:
             def vouched(
                 filepath: Any, weights_only: bool | None = None, *more: Any, **kw: Any
             ) -> None:
-                local = "://" not in str(filepath)
+                local = is_local(filepath)
                 if local and self.trainer.is_global_zero:
                     # Whoever is killed now leaves a file that nobody vouches for.
                     voucher_path(Path(filepath)).unlink(missing_ok=True)
@@ -126,7 +137,7 @@ class Inside:
     def _removing(remove: Any) -> Any:
         def with_voucher(filepath: Any) -> None:
             remove(filepath)
-            if "://" not in str(filepath):
+            if is_local(filepath):
                 voucher_path(Path(filepath)).unlink(missing_ok=True)
 
         return with_voucher

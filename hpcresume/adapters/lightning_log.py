@@ -50,8 +50,9 @@ class Told:
         if not values or self._guest.rank:
             return
         for optimizer in trainer.optimizers[:1]:
-            rate = optimizer.param_groups[0].get("lr")
-            values["learning_rate"] = torch.as_tensor(rate, dtype=torch.float64)
+            # Not every optimizer has one.
+            if (rate := optimizer.param_groups[0].get("lr")) is not None:
+                values["learning_rate"] = torch.as_tensor(rate, dtype=torch.float64)
         on_cpu, event = _to_cpu({k: v for k, v in values.items() if v.numel() == 1})
         self._waiting.append((trainer.global_step, float(trainer.current_epoch), on_cpu, event))
 

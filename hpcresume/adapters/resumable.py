@@ -131,7 +131,8 @@ class ResumableBatches:
         # Of an epoch that has not begun, the place is that behind the one before.
         place = _Place(0, 0, 0, self._places[-1].own if self._places else None)
         if epoch == self._epoch:
-            place = next((p for p in self._places if p.fetched == consumed), place)
+            # Beside longer ones a loader may be at its end, and stay behind its last batch.
+            place = next((p for p in reversed(self._places) if p.fetched <= consumed), place)
         return {
             "seed": self._seed,
             "epoch": epoch,

@@ -99,6 +99,14 @@ def read_voucher(path: Path) -> Voucher | None:
         raise ValueError(f"{voucher_path(path).name} is damaged") from None
 
 
+def voucher_or_none(path: Path) -> Voucher | None:
+    """What was vouched for, as far as that can be read."""
+    try:
+        return read_voucher(path)
+    except (ValueError, OSError):
+        return None
+
+
 def why_not(path: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None where it is whole.
 
