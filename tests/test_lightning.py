@@ -330,6 +330,21 @@ def test_its_link_is_told_where_it_began_what_it_saved_and_that_it_is_complete(
     assert {"loss_epoch", "val_loss", "accuracy"} <= lines[-1].keys()
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_metrics_of_all_links_are_those_of_the_uncut_training(
+    tmp_path: Path, accumulate: int
+) -> None:
+    options = {"log_every_n_steps": 2, "accumulate_grad_batches": accumulate}
+
+    def logged(name: str, *cuts: tuple[int, str]) -> list[Any]:
+        training = Linked(tmp_path / name, **options)
+        through(training, *cuts)
+        links = [training.run.link(number) for number in training.run.link_numbers()]
+        return [line for link in links for line in files.read_lines(link.metrics)]
+
+    assert logged("cut", (4, STOP), (9, STOP), (15, STOP)) == logged("uncut")
+
+
 def test_the_newest_two_of_its_own_checkpoints_stay(tmp_path: Path) -> None:
     training = Linked(tmp_path, every=4)
     training.link()

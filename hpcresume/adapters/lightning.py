@@ -207,6 +207,7 @@ class HpcResumeCallback(Callback):
         if self._ranks.rank < len(self._loaded["ranks"]):
             self._restoring = Restoring(self._loaded["ranks"][self._ranks.rank])
             self._restoring.start(trainer)
+            self._told.begin(trainer, self._loaded["taken"])
             if self._loaded["moment"] in (_EPOCH, _END):
                 self._restoring.end_epoch()
         if self._loaded["moment"] == _BETWEEN:
@@ -251,6 +252,9 @@ class HpcResumeCallback(Callback):
         # How long a step takes is known after the first one: until then the ranks meet at each.
         took = EXCHANGE_S if first else now - self._step_time
         self._step_time = now
+        if not turn.consumed and not first:
+            # Lightning has settled the metrics of the epoch before behind the last hook.
+            self._told.metrics(trainer)
         self._told.progress(trainer)
         reason = self._guest.why_stop()
         self._wish = self._wish or self._due(turn, now)
@@ -303,8 +307,6 @@ class HpcResumeCallback(Callback):
     # ---- saves -------------------------------------------------------------------------------
 
     def _save(self, trainer: Trainer) -> None:
-        # What a checkpoint follows on must be on the disk with it.
-        self._told.flush()
         path = self._folder / f"step-{trainer.global_step}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
         self._saved_at = trainer.global_step
@@ -323,6 +325,7 @@ class HpcResumeCallback(Callback):
             "exact": self._exact(trainer),
             "stopped": self._moment == _END and trainer.should_stop,
             "logged": self._inside.logged(),
+            "taken": self._told.taken(trainer),
             "ranks": self._ranks.gather(capture(trainer, pl_module)),
         }
 
@@ -359,6 +362,7 @@ class HpcResumeCallback(Callback):
             return
         self._moment = _END
         self._agreement.settle()
+        self._told.metrics(trainer)
         if trainer.global_step > self._saved_at:
             self._save(trainer)
         self._told.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,15 @@ class Told:
         self._last: dict[str, Any] = {}
         self._step = 0
         self._waiting: list[tuple[int, float, dict[str, torch.Tensor], Any]] = []
+
+    def taken(self, trainer: Trainer) -> list[str]:
+        """Which of the metrics that callbacks see have been taken: for a checkpoint."""
+        return [k for k, v in trainer.callback_metrics.items() if v is self._last.get(k)]
+
+    def begin(self, trainer: Trainer, taken: Collection[str]) -> None:
+        """Go on behind a checkpoint: what was taken before it is not taken again."""
+        self._step = trainer.global_step
+        self._last = {k: v for k, v in trainer.callback_metrics.items() if k in taken}
 
     def progress(self, trainer: Trainer) -> None:
         """Where the training is."""
