@@ -61,6 +61,32 @@ def test_torchrun_on_two_nodes_ends_with_the_bytes_of_the_uncut_run(tmp_path: Pa
     assert (chain.folder / "ddp.pt").read_bytes() == uncut
 
 
+_SAVES = """
+import os, signal, time
+told = []
+signal.signal(signal.SIGUSR1, lambda *_: told.append(True))
+print("trains", flush=True)
+while not (told or os.path.exists("saved")):
+    time.sleep(0.02)
+# Longer than torchrun would take to die.
+time.sleep(0 if os.path.exists("saved") else 2)
+open("saved", "w").close()
+print("saved", flush=True)
+"""
+
+
+def test_torchrun_outlives_a_signal_to_all_processes_while_its_worker_saves(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "saves.py").write_text(_SAVES)
+    chain = Chain(tmp_path)
+    told = ("--signal-command=all:USR1", "--checkpoints=saved")
+    chain.submit(*told, "--", *TORCHRUN, "saves.py", detach=True)
+    chain.cut(1, signal.SIGTERM, after="trains")
+    chain.completed()
+    assert "saved" in chain.printed(1), chain.story()
+
+
 _WHO = """
 import os
 from torch import distributed
@@ -147,4 +173,4 @@ def test_torchrun_takes_its_options_from_what_it_is_given() -> None:
 def test_what_the_user_has_set_for_torchrun_holds() -> None:
     own = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5", "PET_SIGNALS_TO_HANDLE": "SIGTERM"}
     assert launcher_patience(own, "USR1", 60) == {}
-    assert launcher_patience({}, "all:USR1", 60).keys() == {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+    assert launcher_patience({}, "all:TERM", 60).keys() == {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}

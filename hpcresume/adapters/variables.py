@@ -82,6 +82,7 @@ def launcher_patience(environ: Mapping[str, str], signal: str, lead_s: float) ->
     not left. What the user has set holds.
     """
     wanted = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, math.ceil(lead_s)))}
-    if signal in ("USR1", "USR2"):
-        wanted["PET_SIGNALS_TO_HANDLE"] = f"SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIG{signal}"
+    name = signal.removeprefix("all:")
+    if name in ("USR1", "USR2"):
+        wanted["PET_SIGNALS_TO_HANDLE"] = f"SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIG{name}"
     return {name: value for name, value in wanted.items() if name not in environ}

@@ -17,8 +17,11 @@ from hpcresume.scheduler.environment import RankPlace
 
 #: Longer than any step: a peer that is silent for so long is gone, and the link ends.
 TIMEOUT = timedelta(minutes=10)
-#: How often the ranks exchange their wishes.
+#: How often the ranks exchange their wishes...
 EXCHANGE_S = 0.5
+#: ...and after how many steps at the latest: batches that a loop skips take no time, and the steps
+#: behind them may take seconds.
+_MOST_STEPS = 64
 
 
 class Ranks:
@@ -112,7 +115,8 @@ class Agreement:
             work.wait()
             self._pending = None
             agreed = (bool(values[0]), bool(values[1]))
-            self._next_step = step + max(1, int(EXCHANGE_S / max(float(values[2]) / 1e6, 1e-4)))
+            apart = int(EXCHANGE_S / max(float(values[2]) / 1e6, 1e-4))
+            self._next_step = step + min(max(1, apart), _MOST_STEPS)
         if step >= self._next_step:
             values = torch.tensor([int(stop), int(save), int(step_s * 1e6)], dtype=torch.int64)
             self._pending = (self._ranks.reduce_max_async(values), values)
