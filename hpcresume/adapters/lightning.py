@@ -207,7 +207,7 @@ class HpcResumeCallback(Callback):
         if self._ranks.rank < len(self._loaded["ranks"]):
             self._restoring = Restoring(self._loaded["ranks"][self._ranks.rank])
             self._restoring.start(trainer)
-            self._told.begin(trainer, self._loaded["taken"])
+            self._told.begin(trainer, self._loaded.get("taken", ()))
             if self._loaded["moment"] in (_EPOCH, _END):
                 self._restoring.end_epoch()
         if self._loaded["moment"] == _BETWEEN:
