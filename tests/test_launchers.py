@@ -19,13 +19,14 @@ from test_command import EXAMPLES, Chain
 from hpcresume.adapters.variables import command_environment, launcher_patience
 from hpcresume.scheduler.environment import RankPlace
 
+#: On one node with --standalone, or several meet at the same port of this machine.
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
 def by_torchrun(folder: Path) -> bytes:
     """What the DDP script saves at its end, trained by two processes without a cut."""
     done = subprocess.run(
-        [*TORCHRUN, "--nproc-per-node=2", str(EXAMPLES / "ddp_torchrun.py")],
+        [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(EXAMPLES / "ddp_torchrun.py")],
         cwd=folder,
         env=ENVIRON,
         capture_output=True,
@@ -81,7 +82,7 @@ def test_torchrun_outlives_a_signal_to_all_processes_while_its_worker_saves(
     (tmp_path / "saves.py").write_text(_SAVES)
     chain = Chain(tmp_path)
     told = ("--signal-command=all:USR1", "--checkpoints=saved")
-    chain.submit(*told, "--", *TORCHRUN, "saves.py", detach=True)
+    chain.submit(*told, "--", *TORCHRUN, "--standalone", "saves.py", detach=True)
     chain.cut(1, signal.SIGTERM, after="trains")
     chain.completed()
     assert "saved" in chain.printed(1), chain.story()
