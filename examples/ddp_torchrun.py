@@ -69,6 +69,8 @@ def main() -> None:
             print(f"step {step} loss {loss.item():.6f}, saved", flush=True)
         if leaves:
             break
+    # Whoever left first would have torchrun end the one that still saves, if its end went wrong.
+    distributed.barrier()
     distributed.destroy_process_group()
 
 
