@@ -1,4 +1,6 @@
-"""A training that hangs: noisy.py, which sleeps in step 20, the first time or each time."""
+"""Trainings that hang: noisy.py, which sleeps in step 20, the first time or each time; and scripts
+of other frameworks, which stand until they are told to leave.
+"""
 
 from __future__ import annotations
 
@@ -43,3 +45,23 @@ def standing(folder: Path) -> dict[str, Any]:
 def stands(run: RunDir) -> bool:
     """Whether the training has come to step 20."""
     return (run.path / "hung").exists()
+
+
+def standing_script(text: str, line: str, step: str, *at: int) -> str:
+    """A script that stands behind a `line` of it, in a step of each of its first links.
+
+    `step` is the expression that gives its number. Whoever is to end a link in that step has all
+    the time for it. A framework may look for the word to leave twice a second: until then no more
+    than some steps are done.
+    """
+    assert text.count(line) == 1, line
+    indent = line[: len(line) - len(line.lstrip())]
+    links = {str(link): number for link, number in enumerate(at, 1)}
+    stand = (
+        "import os as _os, time as _time",
+        f'if {step} >= {links}.get(_os.environ["HPCRESUME_LINK"], 1 << 60):',
+        '    while not _os.path.exists(_os.environ["HPCRESUME_STOP"]):',
+        "        _time.sleep(0.02)",
+        "    _time.sleep(0.2)",
+    )
+    return text.replace(line, line + "".join(f"{indent}{row}\n" for row in stand))

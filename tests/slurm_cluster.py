@@ -37,7 +37,7 @@ FIRST_PORT = 20000
 PORTS_EACH = 10
 NODES = 4
 #: What names begin with that Slurm's programs look for in their environment.
-_CLIENTS = ("SLURM", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_", "SRUN_")
+CLIENTS = ("SLURM", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_", "SRUN_")
 
 
 class SlurmClusterError(RuntimeError):
@@ -56,7 +56,7 @@ def missing() -> str | None:
 
 def outside(environ: Mapping[str, str]) -> dict[str, str]:
     """An environment as it is outside of any job, and without wishes of the user's."""
-    return {name: value for name, value in environ.items() if not name.startswith(_CLIENTS)}
+    return {name: value for name, value in environ.items() if not name.startswith(CLIENTS)}
 
 
 def wait_until(what: str, ready: Callable[[], object], timeout: float) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 
-_PREFIXES = ("HPCRESUME_", "SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")
+from slurm_cluster import CLIENTS
+
+_PREFIXES = ("HPCRESUME_", *CLIENTS)
 _NAMES = frozenset(
     {
         *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -22,15 +23,18 @@ def test_no_boundary_is_remembered_behind_a_step_of_less_than_two_milliseconds()
 def test_a_boundary_that_costs_more_than_a_hundredth_of_the_step_is_not_remembered() -> None:
     guard = sentinel(("model", Net()))
     slow = torch.ones(1200, 1200)
+    costs: list[float] = []
 
     def mark() -> int:
         nonlocal slow
+        began = time.perf_counter()
         slow = slow @ slow / 1200
+        costs.append(time.perf_counter() - began)
         return 1
 
     guard.remember(3, mark)
-    # However fast this machine is, it has taken longer than a hundredth of the shortest step.
-    assert guard.from_s > 0.002
+    # Whatever this machine needs for it, and for the rest that is looked at.
+    assert guard.from_s > max(0.002, 100 * min(costs))
     assert guard.refusal(3) is None
     why = guard.refusal(4)
     assert why is not None and "the step before was too short to remember its state" in why

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from hanging import standing_script
 from made_run import Said
 from oracle import ENVIRON
 from test_command import Chain, chain, here, script
@@ -55,20 +56,9 @@ def without_the_line() -> str:
 
 
 def standing(text: str, *steps: int) -> str:
-    """The script, which stands in a step of each of the first links until it is told to leave.
-
-    Whoever is to end a link in that step has all the time for it.
-    """
-    printed = '        print(f"step {state.global_step}", flush=True)\n'
-    for line in (printed, "import random\n"):
-        assert text.count(line) == 1, line
-    at = {str(link): step for link, step in enumerate(steps, 1)}
-    stand = (
-        f'        if state.global_step == {at}.get(os.environ["HPCRESUME_LINK"]):\n'
-        '            while not os.path.exists(os.environ["HPCRESUME_STOP"]):\n'
-        "                time.sleep(0.02)\n"
-    )
-    return text.replace(printed, printed + stand).replace("import random\n", "import os, random\n")
+    """The script, which stands in a step of each of the first links until it is told to leave."""
+    line = '        print(f"step {state.global_step}", flush=True)\n'
+    return standing_script(text, line, "state.global_step", *steps)
 
 
 def uncut(folder: Path, *launcher: str) -> dict[str, Any]:

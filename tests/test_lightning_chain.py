@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hanging import standing_script
 from oracle import ENVIRON
 from test_command import Chain, chain
 
@@ -64,22 +65,9 @@ def without_the_line() -> str:
 
 
 def standing(text: str, *steps: int) -> str:
-    """The script, which stands in a step of each of the first links until it is told to leave.
-
-    Whoever is to end a link in that step has all the time for it. The callback looks for the word
-    to leave twice a second: until then no more than some steps are done.
-    """
-    pause = '        time.sleep(self.hparams["pause"])\n'
-    for line in (pause, "import time\n"):
-        assert text.count(line) == 1, line
-    at = {str(link): step for link, step in enumerate(steps, 1)}
-    stand = (
-        f'        if self.global_step >= {at}.get(os.environ["HPCRESUME_LINK"], 999):\n'
-        '            while not os.path.exists(os.environ["HPCRESUME_STOP"]):\n'
-        "                time.sleep(0.02)\n"
-        "            time.sleep(0.2)\n"
-    )
-    return text.replace(pause, pause + stand).replace("import time\n", "import os, time\n")
+    """The script, which stands in a step of each of the first links until it is told to leave."""
+    line = '        time.sleep(self.hparams["pause"])\n'
+    return standing_script(text, line, "self.global_step", *steps)
 
 
 @pytest.mark.timeout(280)

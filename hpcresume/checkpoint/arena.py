@@ -3,8 +3,8 @@
 Training waits for one copy of its state into memory that is there already; hashing and writing
 are a thread's business (`saving`). The memory is kept from save to save, because fresh memory is
 slower than most disks: each of its pages must be made first. So a file of what is not trained may
-be there from the save before: to look at what is live, by several threads, takes half as long as to
-copy it once more.
+be there from the save before: several threads hash what is live instead of copying it, and nobody
+needs to hash it afterwards.
 """
 
 from __future__ import annotations
